@@ -1,0 +1,114 @@
+"""Which module computes with which trainable parameter, and by what rule it is covered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+Rule = Literal["linear", "conv1d", "embedding", "small"]
+
+# A parameter without a factored form is kept densely, N times; above this it is not covered.
+SMALL_PARAMETER = 1 << 18
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that computes with trainable parameters of its own.
+
+    Attributes:
+        name: the module's name in the model.
+        module: the module.
+        rule: how its per-anchor gradients are formed.
+        parameters: local name ("weight") to the model's name of each covered parameter.
+    """
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    parameters: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The sites of a model and the trainable parameters that no rule covers."""
+
+    sites: tuple[Site, ...]
+    uncovered: tuple[str, ...]
+
+    @property
+    def covered(self) -> frozenset[str]:
+        """Names of the covered parameters."""
+        return frozenset(name for site in self.sites for name in site.parameters.values())
+
+
+def find_coverage(model: nn.Module, only: frozenset[str] | None = None) -> Coverage:
+    """Find a rule for every trainable parameter of ``model``.
+
+    Args:
+        model: the model, unwrapped.
+        only: consider just these parameters (those that an optimizer moves).
+    """
+    names = {
+        id(p): name
+        for name, p in model.named_parameters()
+        if p.requires_grad and (only is None or name in only)
+    }
+    sites: list[Site] = []
+    uncovered: list[str] = []
+    for module_name, module in model.named_modules():
+        own = {
+            local: names[id(p)]
+            for local, p in module.named_parameters(recurse=False, remove_duplicate=False)
+            if id(p) in names
+        }
+        if not own:
+            continue
+        rule = _rule(module)
+        if rule is None:
+            uncovered += own.values()
+        else:
+            sites.append(Site(module_name, module, rule, own))
+    return Coverage(tuple(sites), tuple(dict.fromkeys(uncovered)))
+
+
+def _rule(module: nn.Module) -> Rule | None:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's transposed linear
+        return "conv1d"
+    if isinstance(module, nn.Embedding):
+        return None if module.max_norm is not None or module.scale_grad_by_freq else "embedding"
+    is_leaf = next(module.children(), None) is None
+    sizes = [p.numel() for p in module.parameters(recurse=False)]
+    return "small" if is_leaf and max(sizes) <= SMALL_PARAMETER else None
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that require a gradient."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Stop the named parameters from training."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        parameters[name].requires_grad_(False)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module under DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter."""
+    return next(model.parameters()).device

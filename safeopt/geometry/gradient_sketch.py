@@ -1,0 +1,236 @@
+"""GradientSketch: the anchors' gradients of every trainable parameter, kept factored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from safeopt.anchors import AnchorBatch
+from safeopt.geometry.blocks import (
+    Block,
+    DenseBlock,
+    LowRankBlock,
+    RowsBlock,
+    cross_gram,
+    from_state,
+    to_state,
+)
+from safeopt.geometry.capture import AnchorLoss, CapturedCall, capture
+from safeopt.geometry.compression import Factors, compress
+from safeopt.geometry.coverage import Coverage, Site
+
+
+@dataclass(frozen=True)
+class GradientSketch:
+    """Gradients G (N x P) of N anchor losses, as factored blocks per parameter.
+
+    G G^T / N and G^T G / N share their eigenvalues, so the N x N Gram matrix carries the
+    spectrum of the anchors' empirical Fisher. G itself is never formed.
+
+    Attributes:
+        blocks: blocks of each parameter by its name; two of them for a tied embedding.
+        losses: anchor losses at the weights where the sketch was taken, (N,).
+        captured_energy: ||compressed G_i||^2 / ||G_i||^2 per anchor, over the matrices, (N,).
+    """
+
+    blocks: Mapping[str, tuple[Block, ...]]
+    losses: Tensor
+    captured_energy: Tensor
+
+    @classmethod
+    def measure(
+        cls,
+        model: nn.Module,
+        coverage: Coverage,
+        batch: AnchorBatch,
+        loss: AnchorLoss,
+        *,
+        compression_rank: int | None = 8,
+    ) -> GradientSketch:
+        """Measure the sketch with one batched forward-backward.
+
+        Args:
+            model: the model, unwrapped.
+            coverage: its sites, from `find_coverage`.
+            batch: N anchors on the model's device.
+            loss: maps logits (N, T, V) and labels (N, T) to losses (N,).
+            compression_rank: singular directions kept per anchor and matrix; None keeps the
+                exact token factors.
+        """
+        losses, calls = capture(model, coverage.sites, batch, loss)
+        small, factors = _split_by_form(coverage.sites, calls)
+        names, pairs = [name for name, _ in factors], [pair for _, pair in factors]
+        if compression_rank is not None:
+            pairs = compress(pairs, compression_rank)
+        blocks: dict[str, list[Block]] = {}
+        for name, block in small:
+            blocks.setdefault(name, []).append(block)
+        for name, pair in zip(names, pairs, strict=True):
+            blocks.setdefault(name, []).append(LowRankBlock(pair.left, pair.right))
+        energy = _captured_energy(pairs, losses)
+        return cls({name: tuple(b) for name, b in blocks.items()}, losses, energy)
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the factors."""
+        return sum(block.nbytes for blocks in self.blocks.values() for block in blocks)
+
+    def gram(self) -> Tensor:
+        """Return K = G G^T, (N, N), accumulated in float64."""
+        n = len(self)
+        total = torch.zeros(n, n, dtype=torch.float64, device=self.losses.device)
+        for blocks in self.blocks.values():
+            for i, block in enumerate(blocks):
+                total += block.gram()
+                for other in blocks[i + 1 :]:
+                    cross = cross_gram(block, other)
+                    total += cross + cross.T
+        return total
+
+    def coefficients(self, step: Mapping[str, Tensor]) -> Tensor:
+        """Return G s, (N,) in float64: the first-order change of the anchor losses along s.
+
+        Args:
+            step: displacement by parameter name; parameters that are absent do not move.
+        """
+        total = torch.zeros(len(self), dtype=torch.float64, device=self.losses.device)
+        for name, delta in step.items():
+            for block in self.blocks.get(name, ()):
+                total += block.coefficients(delta)
+        return total
+
+    def subtract_(self, step: Mapping[str, Tensor], weights: Tensor) -> None:
+        """Write s -= G^T a in place.
+
+        Args:
+            step: tensors by parameter name, written in place.
+            weights: a, (N,).
+        """
+        for name, delta in step.items():
+            for block in self.blocks.get(name, ()):
+                block.subtract_(delta, weights)
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of the empirical Fisher G^T G / N, largest first, (N,)."""
+        eigenvalues: Tensor = torch.linalg.eigvalsh(self.gram())
+        return eigenvalues.flip(0).clamp(min=0) / len(self)
+
+    def has_silent_blocks(self) -> bool:
+        """True if some parameter has no gradient at all, as ``lora_A`` at initialisation."""
+        energies = [sum(float(b.gram().trace()) for b in bs) for bs in self.blocks.values()]
+        return any(energy == 0.0 for energy in energies)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by parameter name and block number, for a checkpoint."""
+        blocks = {
+            name: {str(i): to_state(block) for i, block in enumerate(parameter_blocks)}
+            for name, parameter_blocks in self.blocks.items()
+        }
+        return {"blocks": blocks, "losses": self.losses, "captured_energy": self.captured_energy}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> GradientSketch:
+        """Rebuild a sketch from `state_dict`."""
+        blocks = {
+            name: tuple(from_state(block) for block in parameter_blocks.values())
+            for name, parameter_blocks in state["blocks"].items()
+        }
+        return cls(blocks, state["losses"], state["captured_energy"])
+
+
+def _split_by_form(
+    sites: tuple[Site, ...], calls: list[list[CapturedCall]]
+) -> tuple[list[tuple[str, Block]], list[tuple[str, Factors]]]:
+    blocks: list[tuple[str, Block]] = []
+    factors: list[tuple[str, Factors]] = []
+    for site, site_calls in zip(sites, calls, strict=True):
+        if not site_calls:  # not reached by these anchors: its gradient is zero
+            continue
+        if site.rule == "embedding":
+            blocks.append((site.parameters["weight"], _rows(site.module, site_calls)))
+        elif site.rule == "small":
+            blocks += _small_blocks(site, site_calls)
+        else:
+            if "weight" in site.parameters:
+                factors.append((site.parameters["weight"], _token_factors(site, site_calls)))
+            if "bias" in site.parameters:
+                blocks.append((site.parameters["bias"], _bias(site_calls)))
+    return blocks, factors
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Fold everything between the anchor and the feature dimension into tokens: (N, T, d)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _token_factors(site: Site, calls: list[CapturedCall]) -> Factors:
+    inputs = torch.cat([_tokens(call.inputs[0]) for call in calls], dim=1).float()
+    gradients = torch.cat([_tokens(call.gradient) for call in calls], dim=1).float()
+    if site.rule == "conv1d":
+        return Factors(left=inputs, right=gradients)
+    return Factors(left=gradients, right=inputs)
+
+
+def _bias(calls: list[CapturedCall]) -> DenseBlock:
+    total = sum(_tokens(call.gradient).float().sum(1) for call in calls)
+    assert isinstance(total, Tensor)
+    return DenseBlock(total)
+
+
+def _rows(module: nn.Module, calls: list[CapturedCall]) -> RowsBlock:
+    ids = torch.cat([call.inputs[0].flatten(1) for call in calls], dim=1)
+    rows = torch.cat([_tokens(call.gradient) for call in calls], dim=1).float()
+    padding = getattr(module, "padding_idx", None)
+    if padding is not None:  # autograd gives the padding row no gradient
+        rows = rows.masked_fill((ids == padding)[..., None], 0.0)
+    return RowsBlock(ids, rows)
+
+
+def _small_blocks(site: Site, calls: list[CapturedCall]) -> list[tuple[str, Block]]:
+    totals: dict[str, Tensor] = {}
+    for call in calls:
+        for name, rows in _per_anchor_vjp(site, call).items():
+            totals[name] = totals[name] + rows if name in totals else rows
+    return [(site.parameters[local], DenseBlock(rows)) for local, rows in totals.items()]
+
+
+def _per_anchor_vjp(site: Site, call: CapturedCall) -> dict[str, Tensor]:
+    """Replay one small module per anchor: the rule that covers any norm, scale or bias."""
+    parameters = {local: getattr(site.module, local).detach() for local in site.parameters}
+    count = call.gradient.shape[0]
+    is_batched = [isinstance(x, Tensor) and x.shape[:1] == (count,) for x in call.inputs]
+
+    def one_anchor(gradient: Tensor, *inputs: Any) -> dict[str, Tensor]:
+        rows = tuple(
+            x.unsqueeze(0) if batched else x for x, batched in zip(inputs, is_batched, strict=True)
+        )
+
+        def run(values: dict[str, Tensor]) -> Tensor:
+            output: Tensor = functional_call(site.module, values, rows, call.keywords)
+            return output
+
+        output, pullback, *_ = vjp(run, parameters)
+        result: dict[str, Tensor] = pullback(gradient.unsqueeze(0).to(output.dtype))[0]
+        return result
+
+    dims = (0, *(0 if batched else None for batched in is_batched))
+    gradients = vmap(one_anchor, in_dims=dims)(call.gradient, *call.inputs)
+    return {name: g.reshape(count, -1).float() for name, g in gradients.items()}
+
+
+def _captured_energy(factors: list[Factors], losses: Tensor) -> Tensor:
+    if not factors or factors[0].energy is None:
+        return torch.ones_like(losses)
+    kept = sum(LowRankBlock(f.left, f.right).gram().diagonal() for f in factors)
+    total = sum(f.energy for f in factors if f.energy is not None)
+    assert isinstance(kept, Tensor)
+    assert isinstance(total, Tensor)
+    return kept / total.clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,382 @@
+"""Guard: anchors, sketch, schedule and budget; keeps a model on its safety level set."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from safeopt.anchors import AnchorBatch, Anchors
+from safeopt.geometry.capture import AnchorLoss, check_finite, logits_of, undisturbed
+from safeopt.geometry.coverage import (
+    device_of,
+    find_coverage,
+    freeze,
+    trainable_names,
+    unwrapped,
+)
+from safeopt.geometry.gradient_sketch import GradientSketch
+from safeopt.geometry.moves import Eigenbasis, Retraction, capped_retraction, retraction_weights
+from safeopt.losses import ReplyDistribution, reply_distributions, reply_kl, reply_nll
+from safeopt.sampling import AnchorSampler
+
+Reference = Literal["nll", "kl"]
+Uncovered = Literal["error", "ignore", "freeze"]
+
+
+class Guard:
+    """Keeps every optimizer step on the anchors' level set.
+
+    An optimizer that holds a guard proposes a step s; the guard makes three moves:
+
+    1. *tangent*, every step: s <- s - G^T V Omega^-1 V^T (G s), with G the anchors' gradients
+       and K = G G^T = V Omega V^T, so that no anchor loss changes to first order;
+    2. *retraction*, at a refresh: r_i = max(0, l_i - tau_i) is undone by v = -G^T a with
+       (K + damping tr(K)/N I) a = r, a >= 0, not longer than
+       retraction_cap sqrt(refresh_every) ||s|| and orthogonal to the optimizer's momentum;
+    3. *transport*: G is measured afresh every ``refresh_every`` steps.
+
+    Build it on the aligned model, before training: tau_i = l_i(theta*) + budget.
+
+    Args:
+        model: the aligned model; wrappers of DDP and torch.compile are looked through.
+        anchors: 16 to 512 examples whose behaviour must stay.
+        budget: how far an anchor's loss may rise above the aligned model's, nats per token.
+        refresh_every: p, optimizer steps between two refreshes.
+        anchors_per_refresh: N, anchors looked at in one refresh; drawn in turn from all.
+        rank: k, eigenvectors kept; None keeps all above ``eigenvalue_floor``.
+        compression_rank: q, singular directions kept per anchor and matrix; None keeps exact
+            token factors (more memory).
+        eigenvalue_floor: eigenvalues of K below this share of the largest are not removed.
+        damping: mu of the retraction.
+        retraction_cap: c of the retraction.
+        momentum_orthogonal: make the retraction orthogonal to the optimizer's momentum, so that
+            it costs the task nothing to first order.
+        tangent: switch of the first move.
+        retraction: switch of the second move.
+        transport: False keeps the first sketch for good; losses are still measured.
+        reference: anchor loss, "nll" of the reply or "kl" from the aligned model on it.
+        uncovered: trainable parameters that no rule covers: "error" names them, "ignore" lets
+            them train unguarded, "freeze" stops them from training.
+        seed: seed of the order in which anchors are drawn.
+
+    Raises:
+        ValueError: settings out of range, nothing trains, uncovered parameters, token ids or
+            lengths that do not fit the model.
+        FloatingPointError: an anchor loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anchors: Anchors,
+        *,
+        budget: float = 0.05,
+        refresh_every: int = 5,
+        anchors_per_refresh: int = 8,
+        rank: int | None = None,
+        compression_rank: int | None = 8,
+        eigenvalue_floor: float = 1e-4,
+        damping: float = 0.1,
+        retraction_cap: float = 1.0,
+        momentum_orthogonal: bool = True,
+        tangent: bool = True,
+        retraction: bool = True,
+        transport: bool = True,
+        reference: Reference = "nll",
+        uncovered: Uncovered = "error",
+        seed: int = 0,
+    ) -> None:
+        _check_positive(
+            refresh_every=refresh_every,
+            anchors_per_refresh=anchors_per_refresh,
+            rank=rank,
+            compression_rank=compression_rank,
+            damping=damping,
+            eigenvalue_floor=eigenvalue_floor,
+        )
+        if retraction_cap < 0 or not math.isfinite(budget):
+            raise ValueError(
+                f"retraction_cap must be >= 0 and budget finite, got {retraction_cap}, {budget}"
+            )
+        if reference not in ("nll", "kl"):
+            raise ValueError(f'reference must be "nll" or "kl", got {reference!r}')
+        self.model = unwrapped(model)
+        self.anchors = anchors
+        self.budget = budget
+        self.refresh_every = refresh_every
+        self.rank = rank
+        self.compression_rank = compression_rank
+        self.eigenvalue_floor = eigenvalue_floor
+        self.damping = damping
+        self.retraction_cap = retraction_cap
+        self.momentum_orthogonal = momentum_orthogonal
+        self.tangent = tangent
+        self.retraction = retraction
+        self.transport = transport
+        self.reference = reference
+        self._chunk = anchors_per_refresh
+        self._sampler = AnchorSampler(anchors.kinds, anchors_per_refresh, seed)
+        _check_fits(self.model, anchors)
+        self._cover(uncovered)
+        self._aligned: list[ReplyDistribution] = []
+        self.thresholds = self._calibrate()
+
+        self.sketch: GradientSketch | None = None
+        self.violation = torch.zeros(0)
+        self._anchor_indices: list[int] = []
+        self._gram = torch.zeros(0, 0)
+        self._eigenbasis = Eigenbasis(torch.zeros(0), torch.zeros(0, 0))
+        self._age = 0
+        self._metrics: dict[str, float] = {}
+
+    # -- construction ----------------------------------------------------------------------
+
+    def _cover(self, uncovered: Uncovered) -> None:
+        if not trainable_names(self.model):
+            raise ValueError(
+                "no parameter of the model requires a gradient: there is nothing to guard; "
+                "unfreeze what you want to train before building the guard"
+            )
+        missing = find_coverage(self.model).uncovered
+        if missing and uncovered == "freeze":
+            freeze(self.model, missing)
+        elif missing and uncovered != "ignore":
+            raise ValueError(
+                f"no rule covers the trainable parameters {list(missing)}; pass "
+                "uncovered='freeze' to stop them from training or uncovered='ignore' to train "
+                "them unguarded"
+            )
+
+    def _calibrate(self) -> Tensor:
+        """Measure tau_i = l_i(theta*) + budget, and the reply distributions for "kl"."""
+        losses = [torch.zeros(0)]
+        for start in range(0, len(self.anchors), self._chunk):
+            indices = range(start, min(start + self._chunk, len(self.anchors)))
+            batch = self._batch(list(indices))
+            with undisturbed(self.model), torch.no_grad():
+                logits = logits_of(self.model, batch)
+                if self.reference == "kl":
+                    self._aligned += reply_distributions(logits, batch.labels)
+                losses.append(self._loss(list(indices))(logits, batch.labels).cpu())
+        measured = torch.cat(losses)
+        check_finite(measured)
+        return measured + self.budget
+
+    def _batch(self, indices: list[int]) -> AnchorBatch:
+        return self.anchors.batch(indices).to(device_of(self.model))
+
+    def _loss(self, indices: list[int]) -> AnchorLoss:
+        if self.reference == "nll":
+            return reply_nll
+        aligned = [self._aligned[i] for i in indices]
+        return lambda logits, labels: reply_kl(logits, labels, aligned)
+
+    # -- refresh ---------------------------------------------------------------------------
+
+    def refresh(self, names: frozenset[str] | None = None) -> None:
+        """Measure losses and, with transport, the sketch afresh at the present weights.
+
+        Called by the optimizer when due. Leaves ``p.grad``, RNG state, train/eval modes, hooks
+        and buffers as they were, also on errors, and the weights alone.
+
+        Args:
+            names: parameters that the optimizer moves; all trainable ones by default.
+        """
+        with self._timed("safety/refresh_ms"):
+            if self.transport or self.sketch is None:
+                self._measure_sketch(names)
+            else:
+                self._measure_losses()
+        self._age = 0
+
+    def _measure_sketch(self, names: frozenset[str] | None) -> None:
+        indices = self._sampler.draw()
+        sketch = GradientSketch.measure(
+            self.model,
+            find_coverage(self.model, names),
+            self._batch(indices),
+            self._loss(indices),
+            compression_rank=self.compression_rank,
+        )
+        gram = sketch.gram()
+        self._eigenbasis = Eigenbasis.of(gram, self.rank, self.eigenvalue_floor)
+        self.sketch, self._gram, self._anchor_indices = sketch, gram, indices
+        self._record_losses(sketch.losses)
+
+    def _measure_losses(self) -> None:
+        batch = self._batch(self._anchor_indices)
+        with undisturbed(self.model), torch.no_grad():
+            logits = logits_of(self.model, batch)
+            losses = self._loss(self._anchor_indices)(logits, batch.labels)
+        check_finite(losses)
+        self._record_losses(losses)
+
+    def _record_losses(self, losses: Tensor) -> None:
+        thresholds = self.thresholds[self._anchor_indices].to(losses)
+        self.violation = (losses - thresholds).clamp(min=0).double()
+        self._metrics["safety/anchor_loss"] = float(losses.mean())
+        self._metrics["safety/violation"] = float(self.violation.mean())
+
+    # -- what an optimizer asks during a step ----------------------------------------------
+
+    @property
+    def basis_age(self) -> int:
+        """Optimizer steps since the last refresh."""
+        return self._age
+
+    def refresh_if_due(self, names: frozenset[str]) -> None:
+        """Refresh when the schedule says so; raises before anything has changed."""
+        if self._is_due:
+            self.refresh(names)
+
+    @property
+    def _is_due(self) -> bool:
+        if self.sketch is None or self._age >= self.refresh_every:
+            return True
+        # A LoRA adapter's first sketch is blind to lora_A, whose gradient is zero at the start.
+        return self.transport and self._age == 1 and self.sketch.has_silent_blocks()
+
+    def tangent_weights(self, coefficients: Tensor) -> Tensor:
+        """Return a of the tangent move s - G^T a for c = G s, (N,); zero when switched off."""
+        if not self.tangent:
+            return torch.zeros_like(coefficients)
+        return self._eigenbasis.tangent_weights(coefficients)
+
+    def wants_retraction(self) -> bool:
+        """True right after a refresh that found an anchor over its budget."""
+        return self.retraction and self._age == 0 and bool((self.violation > 0).any())
+
+    def retraction_for(
+        self, step_norm: float, momentum_coefficients: Tensor | None, momentum_norm: float
+    ) -> Retraction:
+        """Return the retraction that undoes the violation found at the last refresh.
+
+        Args:
+            step_norm: ||s|| after the tangent move; bounds the retraction.
+            momentum_coefficients: G m, (N,); None when there is no momentum.
+            momentum_norm: ||m||.
+        """
+        weights = retraction_weights(self._gram, self.violation, self.damping)
+        cap = self.retraction_cap * math.sqrt(self.refresh_every) * step_norm
+        along = momentum_coefficients if self.momentum_orthogonal else None
+        return capped_retraction(self._gram, weights, along, momentum_norm, cap)
+
+    def leak_of(self, coefficients: Tensor, retraction: Retraction, along: Tensor) -> float:
+        """Return ||U^T d|| of a stored change d, apart from an intended retraction.
+
+        Args:
+            coefficients: G d, (N,).
+            retraction: the retraction that is part of d.
+            along: G m, (N,).
+        """
+        intended = retraction.along * along - self._gram @ retraction.weights
+        return self._eigenbasis.component_norm(coefficients - intended)
+
+    def record_step(self, metrics: dict[str, float]) -> None:
+        """Count a finished optimizer step and keep its figures."""
+        self._age += 1
+        self._metrics |= metrics
+
+    # -- telemetry and state ---------------------------------------------------------------
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last step and the last refresh.
+
+        ``safety/anchor_loss`` and ``safety/violation`` (nats, means over the last refresh's
+        anchors), ``safety/removed_fraction`` (||G^T a|| / ||s|| of the tangent move),
+        ``safety/retraction_ratio`` (||v|| / ||s||), ``safety/leak`` (||U^T d|| / ||d|| of the
+        stored weights, measured after a refresh), ``safety/rank`` (k), ``safety/captured_energy``
+        (share of the gradient energy that compression kept, mean), ``safety/sketch_mb``,
+        ``safety/basis_age`` (steps), ``safety/refresh_ms`` and ``safety/step_ms`` (milliseconds
+        of the last refresh and of the last step beyond the base optimizer).
+        """
+        metrics = dict(self._metrics) | {"safety/basis_age": float(self._age)}
+        if self.sketch is not None:
+            metrics["safety/rank"] = float(len(self._eigenbasis.values))
+            metrics["safety/captured_energy"] = float(self.sketch.captured_energy.mean())
+            metrics["safety/sketch_mb"] = self.sketch.nbytes / 2**20
+        return metrics
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of the last sketch's empirical Fisher, largest first, (N,)."""
+        if self.sketch is None:
+            raise RuntimeError("no sketch yet: call guard.refresh() or take an optimizer step")
+        return self.sketch.spectrum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact resume needs: thresholds, schedule, sketch."""
+        sketch = {} if self.sketch is None else self.sketch.state_dict()
+        aligned = {
+            str(i): {"tokens": a.tokens, "log_probs": a.log_probs}
+            for i, a in enumerate(self._aligned)
+        }
+        return {
+            "thresholds": self.thresholds.clone(),
+            "age": self._age,
+            "sampler": self._sampler.state_dict(),
+            "anchor_indices": torch.tensor(self._anchor_indices, dtype=torch.int64),
+            "violation": self.violation,
+            "aligned": aligned,
+            "sketch": sketch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; the anchors must be the same.
+
+        Raises:
+            ValueError: the state belongs to another number of anchors.
+        """
+        if len(state["thresholds"]) != len(self.anchors):
+            raise ValueError(
+                f"this guard state was made with {len(state['thresholds'])} anchors, the guard "
+                f"has {len(self.anchors)}; build it from the same anchors file"
+            )
+        self.thresholds = state["thresholds"].clone()
+        self._sampler.load_state_dict(state["sampler"])
+        self._anchor_indices = state["anchor_indices"].tolist()
+        self._aligned = [
+            ReplyDistribution(a["tokens"], a["log_probs"]) for a in state["aligned"].values()
+        ]
+        self.violation, self._age = state["violation"], state["age"]
+        if state["sketch"]:
+            self.sketch = GradientSketch.from_state_dict(state["sketch"])
+            self._gram = self.sketch.gram()
+            self._eigenbasis = Eigenbasis.of(self._gram, self.rank, self.eigenvalue_floor)
+
+    @contextmanager
+    def _timed(self, key: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._metrics[key] = 1e3 * (time.perf_counter() - start)
+
+
+def _check_positive(**settings: float | None) -> None:
+    for name, value in settings.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be greater than 0, got {value}")
+
+
+def _check_fits(model: nn.Module, anchors: Anchors) -> None:
+    """Token ids and lengths must fit the model, or these anchors are another tokenizer's."""
+    config = getattr(model, "config", None)
+    embed = getattr(model, "get_input_embeddings", None)
+    table = embed() if callable(embed) else None
+    vocabulary = table.num_embeddings if isinstance(table, nn.Embedding) else None
+    context = getattr(config, "max_position_embeddings", None)
+    for i, ids in enumerate(anchors.input_ids):
+        if vocabulary is not None and int(ids.max()) >= vocabulary:
+            raise ValueError(
+                f"anchor {i} holds token id {int(ids.max())} but the model's vocabulary has "
+                f"{vocabulary} entries; tokenise the anchors with this model's own tokenizer"
+            )
+        if context is not None and len(ids) > context:
+            raise ValueError(
+                f"anchor {i} has {len(ids)} tokens, more than the model's context of {context}; "
+                "shorten it"
+            )

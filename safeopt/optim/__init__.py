@@ -1,0 +1,5 @@
+"""Optimizers that hold a guard."""
+
+from safeopt.optim.adamw import SafeAdamW
+
+__all__ = ["SafeAdamW"]

@@ -1,0 +1,182 @@
+"""The guarded step in plain torch: the truth that every faster path is held to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safeopt.geometry.gradient_sketch import GradientSketch
+from safeopt.geometry.moves import Retraction
+from safeopt.guard import Guard
+
+BaseStep = Callable[[Optimizer], Any]
+
+_MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
+
+
+@dataclass
+class Proposal:
+    """What the base optimizer proposes, seen through the sketch.
+
+    Attributes:
+        coefficients: c = G s, (N,), float64.
+        squared_norm: ||s||^2.
+        seconds: time spent looking.
+    """
+
+    coefficients: Tensor
+    squared_norm: float = 0.0
+    seconds: float = 0.0
+
+
+def guarded_step(optimizer: Optimizer, guard: Guard, base_step: BaseStep) -> None:
+    """Take one step of ``base_step`` that stays on the guard's level set.
+
+    The base optimizer moves one parameter at a time, so that the memory beyond it is one copy
+    of the largest parameter and the displacement s is what was really stored: preconditioning,
+    learning rate and weight decay included. Then the weights lose G^T a, tangent and retraction
+    in one pass.
+
+    Args:
+        optimizer: the optimizer whose parameters move.
+        guard: the guard of the model they belong to.
+        base_step: one unguarded step of ``optimizer``.
+
+    Raises:
+        ValueError: a parameter does not belong to the guard's model.
+        FloatingPointError: a gradient or an anchor loss is not finite. Weights and optimizer
+            state are untouched.
+    """
+    parameters = named_parameters(optimizer, guard)
+    check_gradients(parameters)
+    guard.refresh_if_due(frozenset(parameters))
+    sketch = guard.sketch
+    assert sketch is not None
+    proposal = Proposal(torch.zeros_like(guard.violation))
+    for name, displacement in displacements(optimizer, parameters, base_step):
+        observe(proposal, sketch, name, displacement)
+    start = time.perf_counter()
+    metrics = _correct(optimizer, guard, sketch, parameters, proposal)
+    elapsed = proposal.seconds + time.perf_counter() - start
+    guard.record_step(metrics | {"safety/step_ms": 1e3 * elapsed})
+
+
+def named_parameters(optimizer: Optimizer, guard: Guard) -> dict[str, Tensor]:
+    """The optimizer's parameters by their name in the guard's model.
+
+    Raises:
+        ValueError: a parameter is not one of the model's.
+    """
+    names = {id(p): name for name, p in guard.model.named_parameters()}
+    parameters = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, p in enumerate(group["params"]):
+            if id(p) not in names:
+                raise ValueError(
+                    f"parameter {position} of group {index} (shape {tuple(p.shape)}) is not in "
+                    "the guard's model; build the guard and the optimizer from the same model"
+                )
+            parameters[names[id(p)]] = p
+    return parameters
+
+
+def check_gradients(parameters: dict[str, Tensor]) -> None:
+    """Raise if a gradient is not finite, before anything has changed."""
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    if not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        return
+    bad = next(
+        name
+        for name, p in parameters.items()
+        if p.grad is not None and not bool(p.grad.isfinite().all())
+    )
+    raise FloatingPointError(
+        f"the gradient of {bad!r} is not finite, so the step was not taken: the loss is NaN or "
+        "overflowed; skip this batch, clip gradients or lower the learning rate"
+    )
+
+
+def displacements(
+    optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep
+) -> Iterator[tuple[str, Tensor]]:
+    """Step one parameter at a time and yield its name and displacement."""
+    groups = optimizer.param_groups
+    names = {id(p): name for name, p in parameters.items()}
+    try:
+        for group in groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                before = p.detach().clone()
+                optimizer.param_groups = [{**group, "params": [p]}]
+                base_step(optimizer)
+                yield names[id(p)], p.detach() - before
+    finally:
+        optimizer.param_groups = groups
+
+
+def observe(proposal: Proposal, sketch: GradientSketch, name: str, displacement: Tensor) -> None:
+    """Add one parameter's displacement to c = G s and to ||s||^2."""
+    start = time.perf_counter()
+    proposal.coefficients += sketch.coefficients({name: displacement})
+    norm = torch.linalg.vector_norm(displacement, dtype=torch.float32)
+    proposal.squared_norm += float(norm) ** 2
+    proposal.seconds += time.perf_counter() - start
+
+
+def _correct(
+    optimizer: Optimizer,
+    guard: Guard,
+    sketch: GradientSketch,
+    parameters: dict[str, Tensor],
+    proposal: Proposal,
+) -> dict[str, float]:
+    """Write tangent and retraction to the weights; return the step's figures."""
+    tangent = guard.tangent_weights(proposal.coefficients)
+    removed = float(tangent @ proposal.coefficients)  # ||G^T a||^2, since G^T a projects s
+    remaining = max(0.0, proposal.squared_norm - removed) ** 0.5
+    is_fresh = guard.basis_age == 0
+    momentum = momentum_of(optimizer, parameters) if guard.wants_retraction() else {}
+    along = sketch.coefficients(momentum)
+    if guard.wants_retraction():
+        norm = sum(float(m.norm()) ** 2 for m in momentum.values()) ** 0.5
+        retraction = guard.retraction_for(remaining, along if momentum else None, norm)
+    else:
+        retraction = Retraction(torch.zeros_like(tangent), 0.0, 0.0)
+    weights = tangent + retraction.weights
+    stored = proposal.coefficients.clone()
+    for name, p in parameters.items():
+        before = p.detach().clone() if is_fresh else None
+        sketch.subtract_({name: p.detach()}, weights)
+        if name in momentum and retraction.along:
+            p.detach().add_(momentum[name].to(p), alpha=retraction.along)
+        if before is not None:
+            stored += sketch.coefficients({name: p.detach() - before})
+    metrics = {
+        "safety/removed_fraction": _ratio(removed**0.5, proposal.squared_norm**0.5),
+        "safety/retraction_ratio": _ratio(retraction.norm, proposal.squared_norm**0.5),
+    }
+    if is_fresh:
+        metrics["safety/leak"] = _ratio(guard.leak_of(stored, retraction, along), remaining)
+    return metrics
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def momentum_of(optimizer: Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's first moments by parameter name; those that it keeps."""
+    found = {}
+    for name, p in parameters.items():
+        state = optimizer.state.get(p, {})
+        moment = next((state[key] for key in _MOMENTUM_KEYS if key in state), None)
+        if isinstance(moment, Tensor):
+            found[name] = moment
+    return found
