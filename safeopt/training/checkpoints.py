@@ -1,0 +1,91 @@
+"""Checkpoints and results that are on disk whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+STATE_FILE = "trainer_state.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file through a temporary one, so that readers never see half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any]) -> None:
+    """Save model, optimizer, scheduler, guard and RNG, then give the folder its final name."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_text(temporary / STATE_FILE, json.dumps(state, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    accelerator.wait_for_everyone()
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    found = []
+    for folder in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and (folder / STATE_FILE).exists():
+            found.append((int(match.group(1)), folder))
+    return [folder for _, folder in sorted(found)]
+
+
+def prune(output_dir: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints; 0 keeps all."""
+    for folder in checkpoints(output_dir)[:-keep] if keep else []:
+        shutil.rmtree(folder)
+
+
+def find(output_dir: Path, resume_from: str) -> Path:
+    """The checkpoint that ``resume_from_checkpoint`` means.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if resume_from != "latest":
+        folder = Path(resume_from)
+        if not (folder / STATE_FILE).exists():
+            raise ValueError(f"{folder} is no whole checkpoint (no {STATE_FILE})")
+        return folder
+    found = checkpoints(output_dir)
+    if not found:
+        raise ValueError(f"no checkpoint to resume from in {output_dir}")
+    return found[-1]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The run's own record in a checkpoint: step, tokens, data fingerprint."""
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    return state
+
+
+@contextmanager
+def moved_into(output_dir: Path) -> Iterator[Path]:
+    """A scratch folder whose files move into ``output_dir`` when the block ends well."""
+    scratch = output_dir / ".saving"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            os.replace(path, output_dir / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

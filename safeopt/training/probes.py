@@ -1,0 +1,54 @@
+"""Figures taken while a run goes on: held-out task NLL and refusal rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from safeopt.training import data
+from safeopt.training.config import TrainConfig
+
+Probe = Callable[[nn.Module, int], dict[str, float]]
+"""Called with the unwrapped model, in eval mode without gradients, and the steps made so far."""
+
+
+def from_config(config: TrainConfig, tokenizer: Any) -> list[Probe]:
+    """The probes that ``eval_dataset`` and ``probe_dataset`` ask for.
+
+    Raises:
+        ValueError: A file is missing or a row has the wrong columns.
+    """
+    wanted: list[Probe] = []
+    if config.eval_dataset is not None:
+        wanted.append(_task_nll(config, data.read_rows(config.eval_dataset), tokenizer))
+    if config.probe_dataset is not None:
+        wanted.append(_refusal_rate(config, data.read_rows(config.probe_dataset), tokenizer))
+    return wanted
+
+
+def _task_nll(config: TrainConfig, rows: list[dict[str, Any]], tokenizer: Any) -> Probe:
+    # safeopt.evaluation reads rows with this package, so it is imported when it is used.
+    from safeopt.evaluation.nll import reply_nll
+
+    data.tokenize(rows, tokenizer, config.max_length)
+
+    def probe(model: nn.Module, step: int) -> dict[str, float]:
+        return {"eval_loss": reply_nll(model, tokenizer, rows, config.max_length)}
+
+    return probe
+
+
+def _refusal_rate(config: TrainConfig, rows: list[dict[str, Any]], tokenizer: Any) -> Probe:
+    from safeopt.evaluation.generation import greedy_replies
+    from safeopt.evaluation.refusal import is_refusal
+
+    chosen = rows[: config.probe_samples or None]
+    prompts = [data.text_field(row, "prompt", str(row["_where"])) for row in chosen]
+
+    def probe(model: nn.Module, step: int) -> dict[str, float]:
+        replies = greedy_replies(model, tokenizer, prompts)
+        return {"probe/refusal_rate": sum(map(is_refusal, replies)) / len(replies)}
+
+    return probe
