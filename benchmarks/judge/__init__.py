@@ -1,0 +1,1 @@
+"""How well the refusal matcher agrees with human labels."""
