@@ -1,26 +1,28 @@
 """Make an aligned model: supervised refusals and helpful replies, full weights or LoRA.
 
 python recipes/align.py --config recipes/configs/align.yaml --dataset rows.jsonl --output_dir out
+
+Rows carry ``"kind": "refuse"`` (harmful prompt, safe reply) or ``"comply"`` (harmless prompt,
+helpful reply).
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from safeopt.training import parse_args, train
+from safeopt.training import run_recipe
 
 
-def main(argv: list[str]) -> int:
-    """Train on rows that hold refusals to harmful prompts and helpful replies to harmless ones."""
-    try:
-        config = parse_args(argv, "Align a model by supervised refusals and helpful replies.")
-        result = train(config)
-    except (ValueError, RuntimeError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{result.steps} steps, loss {result.loss:.3f}; written to {result.output_dir}")
-    return 0
+def both_kinds(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse rows of one kind: a model that only sees refusals learns to refuse everything."""
+    kinds = Counter(row.get("kind") for row in rows)
+    for kind, use in (("refuse", "harmful prompts"), ("comply", "harmless prompts")):
+        if not kinds[kind]:
+            raise ValueError(f'no row has "kind": "{kind}"; add replies to {use}, about half')
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_recipe(sys.argv[1:], "Supervised refusals and helpful replies.", both_kinds))

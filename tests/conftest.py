@@ -15,6 +15,10 @@ CHAT_TEMPLATE = (
 SPECIAL = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>")
 
 
+# Small models gain nothing from threads, and lose much when the cores are busy.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level tokenizer with a chat template; every string has tokens, one a byte."""

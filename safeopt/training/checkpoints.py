@@ -13,14 +13,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from safeopt.files import write_json
+
 STATE_FILE = "trainer_state.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file through a temporary one, so that readers never see half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any]) -> None:
@@ -32,7 +27,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_text(temporary / STATE_FILE, json.dumps(state, indent=1))
+        write_json(temporary / STATE_FILE, state)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     accelerator.wait_for_everyone()

@@ -24,6 +24,7 @@ from transformers import get_scheduler
 
 from safeopt import Anchors
 from safeopt.evaluation.generation import evaluating
+from safeopt.files import write_text
 from safeopt.training import checkpoints, data, models, optimizers, probes
 from safeopt.training.config import TrainConfig
 
@@ -176,7 +177,7 @@ class _Run:
             if self.guard is not None:
                 resolved["guard"] = optimizers.guard_options(self.config)
             text = yaml.safe_dump(resolved, sort_keys=False)
-            checkpoints.write_text(self.output_dir / "config.yaml", text)
+            write_text(self.output_dir / "config.yaml", text)
             self._keep_metrics()
         if self.step == 0 and self.probes:
             self._log({"step": 0, **self._probe()})
@@ -186,7 +187,7 @@ class _Run:
         path = self.output_dir / "metrics.jsonl"
         old = path.read_text(encoding="utf-8").splitlines() if self.step and path.exists() else []
         kept = [line for line in old if json.loads(line)["step"] <= self.step]
-        checkpoints.write_text(path, "".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def _progress(self) -> Iterator[int]:
         shown = self.config.progress and self.accelerator.is_main_process

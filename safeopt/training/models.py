@@ -65,7 +65,7 @@ def add_lora(model: nn.Module, config: TrainConfig) -> Any:
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=config.model_name_or_path,
     )
-    return get_peft_model(model, lora)  # type: ignore[arg-type]
+    return get_peft_model(model, lora)
 
 
 def prepare_for_training(model: nn.Module, config: TrainConfig) -> Any:
