@@ -1,0 +1,7 @@
+"""``python -m safeopt``."""
+
+import sys
+
+from safeopt.cli import main
+
+sys.exit(main())
