@@ -97,6 +97,22 @@ def test_functorch_is_never_imported() -> None:
     assert not guilty
 
 
+def test_each_third_party_import_is_declared() -> None:
+    declared = {
+        re.split(r"[^\w.-]", item)[0].lower()
+        for item in importlib.metadata.requires("safeopt-llm") or []
+    }
+    used = {
+        name.split(".")[0]
+        for folder in ("safeopt", "kernels", "recipes", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported_names(path)
+    } - set(sys.stdlib_module_names)
+    own = {"safeopt", "safeopt_kernels", "recipes", "benchmarks"}
+    assert {"torch", "transformers", "yaml"} <= used
+    assert {"pyyaml" if name == "yaml" else name for name in used - own} <= declared
+
+
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
