@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder to write")
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        default=Path(__file__).parent / "demo/adapter",
+        help="PEFT adapter that makes SmolLM2-135M-Instruct refuse (default: the one shipped)",
+    )
     parser.add_argument("--steps", type=int, help="fine-tuning steps (default: the demo's own)")
     parser.add_argument("--seed", type=int, default=0, help="row order and guard (default: 0)")
     parser.add_argument(
@@ -90,7 +96,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     changes = {} if arguments.steps is None else {"steps": arguments.steps}
     precision = arguments.precision or run.fastest_precision()
     run.show_progress_of_assets()
-    run.run(Plan(seed=arguments.seed, precision=precision, **changes), arguments.output, Console())
+    plan = Plan(seed=arguments.seed, precision=precision, **changes)
+    run.run(plan, arguments.output, Console(), arguments.adapter)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

