@@ -49,7 +49,9 @@ def merge_adapter(model: nn.Module, adapter: str | Path) -> Any:
 
     if not (Path(adapter) / "adapter_config.json").exists():
         raise ValueError(f"{adapter} holds no PEFT adapter (no adapter_config.json)")
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    # PEFT froze the base weights to train the adapter alone; merged, they are the model.
+    return merged.requires_grad_(True)
 
 
 def add_lora(model: nn.Module, config: TrainConfig) -> Any:

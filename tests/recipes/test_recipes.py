@@ -22,8 +22,13 @@ ROWS = [
     {"prompt": f"what is {i}?", "reply": "it is " + "very " * (i % 3) + "odd"} for i in range(9)
 ]
 ANCHORS = [{"prompt": f"how to harm {i}", "reply": "no, sorry", "kind": "refuse"} for i in range(8)]
-TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-TWO_PROCESSES += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def launcher(name: str) -> list[str]:
+    """``accelerate launch`` with a shipped launch file, in full precision."""
+    file = str(ROOT / "recipes/accelerate" / name)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", file]
+    return [*launch, "--mixed_precision", "no"]
 
 
 class Recipe:
@@ -42,11 +47,11 @@ class Recipe:
         name: str,
         *flags: str,
         script: str = "sft",
-        launcher: list[str] | None = None,
+        launched_by: list[str] | None = None,
         **env: str,
     ) -> subprocess.Popen[str]:
         model, out = str(self.folder / "model"), str(self.folder / name)
-        command = [sys.executable, *(launcher or []), str(ROOT / "recipes" / f"{script}.py")]
+        command = [sys.executable, *(launched_by or []), str(ROOT / "recipes" / f"{script}.py")]
         command += ["--model_name_or_path", model, "--output_dir", out, "--progress", "false"]
         command += ["--dataset", self.write("rows.jsonl", ROWS), "--learning_rate", "1e-3", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
@@ -73,15 +78,10 @@ def recipe(
 def test_two_processes_take_the_steps_of_one(recipe: Recipe, optimizer: str) -> None:
     flags = ["--optimizer", optimizer, "--anchors", recipe.write("anchors.jsonl", ANCHORS)]
     flags += ["--max_steps", "6", "--guard.refresh_every", "2"]
-    one = recipe("one", *flags, "--per_device_train_batch_size", "4", ACCELERATE_USE_CPU="true")
-    two = recipe(
-        "two",
-        *flags,
-        "--per_device_train_batch_size",
-        "2",
-        launcher=TWO_PROCESSES,
-        ACCELERATE_USE_CPU="true",
-    )
+    cpu = {"ACCELERATE_USE_CPU": "true"}
+    rows = "--per_device_train_batch_size"
+    one = recipe("one", *flags, rows, "4", launched_by=launcher("single.yaml"), **cpu)
+    two = recipe("two", *flags, rows, "2", launched_by=launcher("ddp.yaml"), **cpu)
     assert (one[0], two[0]) == (0, 0), one[1] + two[1]
     left, right = (load_file(recipe.folder / name / "model.safetensors") for name in ("one", "two"))
     assert_close(left, right, rtol=0, atol=1e-5)
@@ -89,7 +89,8 @@ def test_two_processes_take_the_steps_of_one(recipe: Recipe, optimizer: str) -> 
 
 @pytest.mark.multi
 def test_processes_that_do_not_see_each_other_stop_with_the_right_command(recipe: Recipe) -> None:
-    code, text = recipe("out", "--max_steps", "2", launcher=TWO_PROCESSES, CUDA_VISIBLE_DEVICES="")
+    no_gpu = {"launched_by": launcher("ddp.yaml"), "CUDA_VISIBLE_DEVICES": ""}
+    code, text = recipe("out", "--max_steps", "2", **no_gpu)
     assert code != 0
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in text
     assert not (recipe.folder / "out").exists()

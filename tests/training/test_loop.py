@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import safeopt
-from safeopt.training import TrainConfig, checkpoints, train
+from safeopt.training import TrainConfig, checkpoints, models, train
 
 MakeModel = Callable[..., LlamaForCausalLM]
 ROWS = [
@@ -136,6 +136,19 @@ def test_lora_trains_and_saves_the_adapter_alone(run: Setup) -> None:
     names = {path.name for path in (run.folder / "a").iterdir()}
     assert "adapter_model.safetensors" in names
     assert "model.safetensors" not in names
+
+
+def test_merged_adapter_acts_like_the_trained_one_and_trains_on(run: Setup) -> None:
+    lora = {"use_peft": True, "lora_r": 2, "save_model": True}
+    trained = run("a", run.make_model(), **lora)
+    merged = models.merge_adapter(run.make_model(), run.folder / "a")
+    ids = torch.tensor([run.tokenizer("what is 3?")["input_ids"]])
+    torch.testing.assert_close(merged(ids).logits, trained.eval()(ids).logits)
+    before = weights(merged)
+    run("b", merged)
+    assert not torch.equal(before["lm_head.weight"], merged.lm_head.weight)
+    with pytest.raises(ValueError, match="holds no PEFT adapter"):
+        models.merge_adapter(run.make_model(), run.folder / "b")
 
 
 def test_probe_runs_at_start_every_n_steps_and_end_and_disturbs_nothing(
