@@ -36,7 +36,7 @@ class AnchorSampler:
             if not self._queues[which]:
                 order = torch.randperm(len(self._pools[which]), generator=self._generator)
                 fresh = [self._pools[which][i] for i in order.tolist()]
-                self._queues[which] = [i for i in fresh if i not in taken]
+                self._queues[which] = sorted(fresh, key=taken.__contains__)  # those taken last
             taken.append(self._queues[which].pop(0))
         return taken
 

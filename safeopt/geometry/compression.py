@@ -10,7 +10,8 @@ from torch import Tensor
 
 # One batch of token Gram matrices stays below this many elements (256 MB in fp32).
 _BATCH_ELEMENTS = 1 << 26
-_POWER_ITERATIONS = 3
+_POWER_ITERATIONS = 1
+_OVERSAMPLING = 4
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Factors:
     """Per-anchor gradients of one m x n matrix as factors: G_i = left_i^T right_i.
 
     Attributes:
-        left: (N, r, m).
-        right: (N, r, n).
+        left: (N, r, m), fp32.
+        right: (N, r, n), fp32.
         energy: ||G_i||_F^2 before compression, (N,); None where it was not measured.
     """
 
@@ -73,42 +74,57 @@ def _chunks(factors: Sequence[Factors]) -> list[list[int]]:
 
 
 def _compress_chunk(factors: list[Factors], rank: int, seed: int) -> list[Factors]:
-    left_gram = torch.stack([_token_gram(f.left) for f in factors])
-    right_gram = torch.stack([_token_gram(f.right) for f in factors])
+    left_gram, right_gram = _token_grams(factors)
     energy = (left_gram * right_gram).sum((-1, -2)).clamp(min=0)
     if factors[0].left.shape[1] <= rank:
         pairs = zip(factors, energy, strict=True)
         return [Factors(f.left, f.right, e) for f, e in pairs]
-    to_right = _leading_coordinates(left_gram, right_gram, rank, seed)
-    to_left = right_gram @ to_right
+    # Attention sinks make some inputs a thousand times longer than others: give every input unit
+    # length and its length to the output gradient, which leaves G alone and fp32 accurate.
+    length = right_gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+    length = length.masked_fill(length == 0, 1.0)
+    left_gram, right_gram = left_gram * (length * length.mT), right_gram / (length * length.mT)
+    unit = _leading_coordinates(left_gram.double(), right_gram.double(), rank, seed)
+    to_right, to_left = (unit / length).float(), (right_gram.double() @ unit * length).float()
     return [
-        Factors(cl.mT @ f.left.float(), cr.mT @ f.right.float(), e)
+        Factors(cl.mT @ f.left, cr.mT @ f.right, e)
         for f, cl, cr, e in zip(factors, to_left, to_right, energy, strict=True)
     ]
 
 
-def _token_gram(tokens: Tensor) -> Tensor:
-    return tokens.float() @ tokens.float().mT
+def _token_grams(factors: list[Factors]) -> tuple[Tensor, Tensor]:
+    """D D^T and X X^T of every matrix, each (matrices, N, T, T)."""
+    known: dict[tuple[int, torch.Size], Tensor] = {}  # q, k and v read one and the same input
+
+    def gram(tokens: Tensor) -> Tensor:
+        key = (tokens.data_ptr(), tokens.shape)
+        if key not in known:
+            known[key] = tokens @ tokens.mT
+        return known[key]
+
+    left = torch.stack([gram(f.left) for f in factors])
+    return left, torch.stack([gram(f.right) for f in factors])
 
 
 def _leading_coordinates(left_gram: Tensor, right_gram: Tensor, rank: int, seed: int) -> Tensor:
     """Token coordinates W (..., T, rank) with X^T W orthonormal and spanning the leading space."""
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(left_gram.shape[-1], rank, generator=generator)
-    block = _orthonormal(left_gram @ start.to(left_gram))
+    tokens = left_gram.shape[-1]
+    start = torch.randn(tokens, min(tokens, rank + _OVERSAMPLING), generator=generator)
+    block = start.to(left_gram)
     for _ in range(_POWER_ITERATIONS):
-        block = _orthonormal(left_gram @ (right_gram @ block))
-    return _whiten(block, block.mT @ right_gram @ block)
-
-
-def _orthonormal(block: Tensor) -> Tensor:
-    return _whiten(block, block.mT @ block)
+        block, _ = torch.linalg.qr(left_gram @ (right_gram @ block))
+    block = _whiten(block, block.mT @ right_gram @ block)
+    image = right_gram @ block  # in token coordinates, G P = D^T image
+    _, vectors = torch.linalg.eigh(image.mT @ left_gram @ image)
+    leading: Tensor = block @ vectors.flip(-1)[..., :rank]
+    return leading
 
 
 def _whiten(block: Tensor, gram: Tensor) -> Tensor:
     """Return block gram^(-1/2), dropping (as zeros) directions that are numerically absent."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    floor = values[..., -1:].clamp(min=torch.finfo(torch.float64).tiny) * 1e-10
+    values, vectors = torch.linalg.eigh(gram)
+    floor = values[..., -1:].clamp(min=torch.finfo(values.dtype).tiny) * 1e-7
     scale = torch.where(values > floor, values.clamp(min=0).rsqrt(), torch.zeros_like(values))
-    whitening: Tensor = (vectors * scale[..., None, :]).to(block)
+    whitening: Tensor = vectors * scale[..., None, :]
     return block @ whitening

@@ -171,23 +171,27 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
+def _join(tensors: list[Tensor]) -> Tensor:
+    """Concatenate the tokens of a module's calls in fp32; most modules are called once."""
+    joined = _tokens(tensors[0]) if len(tensors) == 1 else torch.cat(list(map(_tokens, tensors)), 1)
+    return joined.float()
+
+
 def _token_factors(site: Site, calls: list[CapturedCall]) -> Factors:
-    inputs = torch.cat([_tokens(call.inputs[0]) for call in calls], dim=1).float()
-    gradients = torch.cat([_tokens(call.gradient) for call in calls], dim=1).float()
+    inputs = _join([call.inputs[0] for call in calls])
+    gradients = _join([call.gradient for call in calls])
     if site.rule == "conv1d":
         return Factors(left=inputs, right=gradients)
     return Factors(left=gradients, right=inputs)
 
 
 def _bias(calls: list[CapturedCall]) -> DenseBlock:
-    total = sum(_tokens(call.gradient).float().sum(1) for call in calls)
-    assert isinstance(total, Tensor)
-    return DenseBlock(total)
+    return DenseBlock(_join([call.gradient for call in calls]).sum(1))
 
 
 def _rows(module: nn.Module, calls: list[CapturedCall]) -> RowsBlock:
     ids = torch.cat([call.inputs[0].flatten(1) for call in calls], dim=1)
-    rows = torch.cat([_tokens(call.gradient) for call in calls], dim=1).float()
+    rows = _join([call.gradient for call in calls])
     padding = getattr(module, "padding_idx", None)
     if padding is not None:  # autograd gives the padding row no gradient
         rows = rows.masked_fill((ids == padding)[..., None], 0.0)
