@@ -19,6 +19,23 @@ from typing import Any, Literal
 import yaml
 
 GUARD_PREFIX = "guard."
+_POSITIVE = (
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "lora_r",
+)
+_NOT_NEGATIVE = (
+    "learning_rate",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "save_steps",
+    "save_total_limit",
+    "eval_steps",
+    "probe_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ class TrainConfig:
             logged as ``probe/refusal_rate``.
         probe_samples: Prompts of ``probe_dataset`` used; 0 takes all.
         eval_steps: Steps between evaluations and probes; 0 runs them at the start and end only.
-        progress: Show a progress bar.
+        progress: Show a progress bar (on a terminal).
     """
 
     output_dir: str
@@ -114,10 +131,10 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in _POSITIVE:
             _require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        _require(self.learning_rate >= 0, "learning_rate must not be negative")
-        _require(self.logging_steps >= 1, "logging_steps must be at least 1")
+        for name in _NOT_NEGATIVE:
+            _require(getattr(self, name) >= 0, f"{name} must not be negative")
         _require(
             self.max_steps > 0 or self.num_train_epochs > 0,
             "set max_steps or num_train_epochs to a positive number",

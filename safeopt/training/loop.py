@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -14,11 +12,8 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
@@ -27,6 +22,9 @@ from safeopt.evaluation.generation import evaluating
 from safeopt.files import write_text
 from safeopt.training import checkpoints, data, models, optimizers, probes
 from safeopt.training.config import TrainConfig
+from safeopt.training.launch import lent_to_accelerate, make_accelerator
+from safeopt.training.loss import nll_sum
+from safeopt.training.metrics import MetricsLog
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,9 @@ class _Run:
         set_seed(config.seed)
         bare = models.load_model(config) if model is None else model
         self.bare = models.prepare_for_training(bare, config)
-        self._prepare(self._anchors(anchors))
+        self.anchors = self._anchors(anchors)
+        main = self.accelerator.is_main_process
+        self.log = MetricsLog(self.output_dir / "metrics.jsonl" if main else None)
         self.step, self.tokens, self.loss = 0, 0, math.nan
 
     def _tokenize(self, rows: Sequence[data.Row]) -> list[data.Example]:
@@ -125,13 +125,13 @@ class _Run:
             return anchors
         return Anchors.from_jsonl(self.config.anchors, self.tokenizer)
 
-    def _prepare(self, anchors: Anchors | None) -> None:
+    def _prepare(self) -> None:
         self.bare.to(self.accelerator.device)
         self.bare.train()
         if self.accelerator.is_fsdp2:
             self._prepare_sharded()
         else:
-            self._prepare_replicated(anchors)
+            self._prepare_replicated()
         self.scheduler = get_scheduler(
             self.config.lr_scheduler_type,
             self.optimizer,
@@ -142,10 +142,10 @@ class _Run:
         if self.guard is not None:
             self.accelerator.register_for_checkpointing(self.guard)
 
-    def _prepare_replicated(self, anchors: Anchors | None) -> None:
+    def _prepare_replicated(self) -> None:
         # The model first: the guard then measures the anchors in the precision that trains.
         self.model = self.accelerator.prepare(self.bare)
-        self.guard = optimizers.build_guard(self.bare, anchors, self.config)
+        self.guard = optimizers.build_guard(self.bare, self.anchors, self.config)
         optimizer = optimizers.build_optimizer(self.bare, self.config, self.guard)
         self.optimizer = self.accelerator.prepare(optimizer)
 
@@ -158,40 +158,40 @@ class _Run:
 
     def train(self) -> TrainResult:
         seconds = 0.0
-        try:
+        with lent_to_accelerate(self.bare):
+            self._prepare()
             self._start()
             for step in self._progress():
                 seconds += self._timed_step(step)
             self._finish()
-        finally:
-            # Accelerate wraps model.forward for mixed precision; give the caller's model back.
-            bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        return TrainResult(bare, self.step, self.loss, seconds, self.output_dir)
+        return TrainResult(self.bare, self.step, self.loss, seconds, self.output_dir)
 
     def _start(self) -> None:
         if self.config.resume_from_checkpoint is not None:
             self._resume(checkpoints.find(self.output_dir, self.config.resume_from_checkpoint))
+        elif checkpoints.checkpoints(self.output_dir):
+            raise ValueError(
+                f"{self.output_dir} holds checkpoints of an earlier run; set "
+                "resume_from_checkpoint=latest, or choose another output_dir"
+            )
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            resolved = self.config.to_dict()
-            if self.guard is not None:
-                resolved["guard"] = optimizers.guard_options(self.config)
-            text = yaml.safe_dump(resolved, sort_keys=False)
-            write_text(self.output_dir / "config.yaml", text)
-            self._keep_metrics()
+            self._write_config()
+            self.log.start(self.step)
         if self.step == 0 and self.probes:
-            self._log({"step": 0, **self._probe()})
+            self.log.append({"step": 0, **self._probe()})
 
-    def _keep_metrics(self) -> None:
-        # A resumed run goes on from its checkpoint; what was logged after it is written anew.
-        path = self.output_dir / "metrics.jsonl"
-        old = path.read_text(encoding="utf-8").splitlines() if self.step and path.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= self.step]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+    def _write_config(self) -> None:
+        resolved = self.config.to_dict()
+        if self.guard is not None:
+            resolved["guard"] = optimizers.guard_options(self.config)
+        write_text(self.output_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
 
     def _progress(self) -> Iterator[int]:
         shown = self.config.progress and self.accelerator.is_main_process
-        with tqdm(total=self.steps, initial=self.step, disable=not shown, unit="step") as bar:
+        hidden = None if shown else True  # None: shown on a terminal only
+        with tqdm(total=self.steps, initial=self.step, disable=hidden, unit="step") as bar:
             for step in range(self.step, self.steps):
                 yield step
                 bar.set_postfix(loss=f"{self.loss:.3f}", refresh=False)
@@ -204,7 +204,7 @@ class _Run:
         due = self.step % self.config.logging_steps == 0 or self.step == self.steps
         probed = self._probe() if self._probe_due() else {}
         if due or probed:
-            self._log({"step": self.step, **metrics, "step_seconds": seconds, **probed})
+            self.log.append({"step": self.step, **metrics, "step_seconds": seconds, **probed})
         if self.config.save_steps and self.step % self.config.save_steps == 0:
             self._save_checkpoint()
         return seconds
@@ -291,12 +291,6 @@ class _Run:
                 figures |= probe(bare, self.step)
         return figures
 
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            path = self.output_dir / "metrics.jsonl"
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
     def _save_checkpoint(self) -> None:
         folder = self.output_dir / f"checkpoint-{self.step}"
         checkpoints.save_checkpoint(self.accelerator, folder, self._state())
@@ -347,36 +341,3 @@ def _rows(config: TrainConfig, rows: Sequence[data.Row] | None) -> Sequence[data
     if config.dataset is None:
         raise ValueError("set dataset to a JSONL file, or pass rows to train()")
     return data.read_rows(config.dataset)
-
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An `Accelerator`, after checking that it sees every process the launcher started.
-
-    Raises:
-        RuntimeError: The launcher started several processes and Accelerate sees one: each would
-            train alone on the same rows.
-    """
-    if AcceleratorState._shared_state:
-        # A second run in one process may want another precision; the state is a singleton.
-        AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and accelerator.num_processes == 1:
-        raise RuntimeError(
-            f"the launcher started {world} processes, but Accelerate sees only one, so each would "
-            "train alone. On a machine without a GPU use: ACCELERATE_USE_CPU=true accelerate "
-            f"launch --multi_gpu --num_processes {world} recipes/sft.py ..."
-        )
-    return accelerator
-
-
-def nll_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over target tokens of ``-log p(token)``, in nats and fp32.
-
-    Args:
-        logits: (rows, length, vocabulary).
-        labels: (rows, length), -100 where no loss is taken; position t is predicted from t - 1.
-    """
-    targets = labels[:, 1:]
-    kept = targets != data.IGNORE
-    return F.cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="sum")

@@ -81,7 +81,8 @@ def test_two_processes_take_the_steps_of_one(recipe: Recipe, optimizer: str) -> 
     cpu = {"ACCELERATE_USE_CPU": "true"}
     rows = "--per_device_train_batch_size"
     one = recipe("one", *flags, rows, "4", launched_by=launcher("single.yaml"), **cpu)
-    two = recipe("two", *flags, rows, "2", launched_by=launcher("ddp.yaml"), **cpu)
+    accumulate = ["--gradient_accumulation_steps", "2"]
+    two = recipe("two", *flags, rows, "1", *accumulate, launched_by=launcher("ddp.yaml"), **cpu)
     assert (one[0], two[0]) == (0, 0), one[1] + two[1]
     left, right = (load_file(recipe.folder / name / "model.safetensors") for name in ("one", "two"))
     assert_close(left, right, rtol=0, atol=1e-5)

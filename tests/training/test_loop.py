@@ -107,12 +107,16 @@ def test_every_optimizer_sees_the_same_batches(run: Setup) -> None:
     assert run.metrics("a")[0]["loss"] == run.metrics("b")[0]["loss"]
 
 
-def test_the_caller_gets_the_same_model_back_unwrapped(run: Setup) -> None:
+def test_the_caller_gets_the_same_model_back_and_may_train_it_again(run: Setup) -> None:
     model = run.make_model()
-    forward = model.forward.__func__
-    for name, precision in (("a", "no"), ("b", "bf16"), ("c", "no")):
-        assert run(name, model, mixed_precision=precision, max_steps=1) is model
+    forward, options = model.forward.__func__, {"learning_rate": 0.0, "max_steps": 1}
+    for name, precision in (("a", "no"), ("b", "bf16"), ("c", "bf16"), ("d", "no")):
+        assert run(name, model, mixed_precision=precision, **options) is model
         assert model.forward.__func__ is forward
+    a, b, c, d = (run.metrics(name)[0]["loss"] for name in "abcd")
+    assert a == d
+    assert b == c
+    assert a != b
 
 
 def test_saved_model_loads_and_equals_the_trained_one(run: Setup) -> None:
@@ -182,15 +186,37 @@ def test_eval_and_probe_files_are_measured(run: Setup) -> None:
     assert first["probe/refusal_rate"] == 0.0
 
 
-def test_nan_loss_stops_before_the_step_and_names_the_checkpoint(run: Setup) -> None:
+def test_nan_loss_stops_before_the_step_and_names_the_checkpoint(
+    run: Setup, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    poisoned: dict[str, Tensor] = {}
+
+    def poison(model: nn.Module, step: int) -> dict[str, float]:
+        if step == 3:
+            model.lm_head.weight[0, 0] = float("nan")
+            poisoned.update(weights(model))
+        return {}
+
+    options = {**SMALL, "save_steps": 2, "eval_steps": 3}
+    model, config = run.make_model(), TrainConfig(str(run.folder / "a"), **options)
+    with pytest.raises(FloatingPointError, match=r"loss became nan at step 4 .*checkpoint-2"):
+        train(config, model, tokenizer, ROWS, probe=poison)
+    torch.testing.assert_close(weights(model), poisoned, rtol=0, atol=0, equal_nan=True)
+
+
+def test_infinite_gradient_stops_before_the_step(run: Setup) -> None:
     model = run.make_model()
-    run("a", model, max_steps=2, save_steps=2)
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = float("nan")
+    model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weights(model)
-    with pytest.raises(FloatingPointError, match=r"loss became nan at step 1 .*checkpoint-2"):
-        run("a", model, max_steps=2)
-    torch.testing.assert_close(weights(model), before, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(FloatingPointError, match="gradient norm became"):
+        run("a", model)
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+
+
+def test_a_fresh_run_does_not_mix_with_older_checkpoints(run: Setup) -> None:
+    run("a", save_steps=3)
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        run("a", save_steps=3)
 
 
 def test_interrupted_save_leaves_the_older_checkpoint(
@@ -238,9 +264,10 @@ def test_bad_options_fail_before_training(
     run: Setup, options: dict[str, Any], message: str
 ) -> None:
     model = run.make_model()
-    before = weights(model)
+    before, forward = weights(model), model.forward.__func__
     with pytest.raises(ValueError, match=message):
-        run("a", model, **options)
+        run("a", model, **options, mixed_precision="bf16")
+    assert model.forward.__func__ is forward
     torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
     assert not (run.folder / "a").exists()
 
