@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from safeopt.anchors import IGNORED
+
+log = logging.getLogger(__name__)
 
 IGNORE = IGNORED
 LAYOUTS = (
@@ -81,8 +84,8 @@ def tokenize(
 ) -> list[Example]:
     """Turn rows of any layout in `LAYOUTS` into `Example` objects.
 
-    A row longer than ``max_length`` is cut on the right. A row whose loss tokens would all be cut
-    is an error, because it would train nothing without a word.
+    A row longer than ``max_length`` is cut on the right, and a warning counts such rows. A row
+    whose loss tokens would all be cut is an error.
 
     Raises:
         ValueError: A row has an unknown layout, an empty field, or no token left that carries
@@ -90,18 +93,26 @@ def tokenize(
     """
     if not rows:
         raise ValueError(f"no training rows; expected rows such as {' or '.join(LAYOUTS)}")
-    examples = []
-    for index, row in enumerate(rows):
-        where = str(row.get("_where", f"row {index}"))
-        example = _example(row, where, tokenizer, completion_only_loss)
-        cut = Example(example.input_ids[:max_length], example.labels[:max_length])
-        if cut.targets == 0:
-            raise ValueError(
-                f"{where}: no reply token within max_length={max_length} (the row has "
-                f"{len(example.input_ids)} tokens); raise max_length or shorten the prompt"
-            )
-        examples.append(cut)
+    places = [str(row.get("_where", f"row {index}")) for index, row in enumerate(rows)]
+    whole = [
+        _example(row, where, tokenizer, completion_only_loss)
+        for row, where in zip(rows, places, strict=True)
+    ]
+    examples = [_cut(e, where, max_length) for e, where in zip(whole, places, strict=True)]
+    cut_rows = sum(len(example.input_ids) > max_length for example in whole)
+    if cut_rows:
+        log.warning("%d of %d rows are cut to max_length=%d", cut_rows, len(rows), max_length)
     return examples
+
+
+def _cut(example: Example, where: str, max_length: int) -> Example:
+    cut = Example(example.input_ids[:max_length], example.labels[:max_length])
+    if cut.targets == 0:
+        raise ValueError(
+            f"{where}: no reply token within max_length={max_length} (the row has "
+            f"{len(example.input_ids)} tokens); raise max_length or shorten the prompt"
+        )
+    return cut
 
 
 def _example(row: Row, where: str, tokenizer: Any, completion_only: bool) -> Example:

@@ -164,6 +164,8 @@ class _Run:
             for step in self._progress():
                 seconds += self._timed_step(step)
             self._finish()
+        if self.config.gradient_checkpointing:
+            self.bare.gradient_checkpointing_disable()
         return TrainResult(self.bare, self.step, self.loss, seconds, self.output_dir)
 
     def _start(self) -> None:

@@ -82,7 +82,6 @@ def prepare_for_training(model: nn.Module, config: TrainConfig) -> Any:
         wrapped.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-        wrapped.config.use_cache = False
     if not any(parameter.requires_grad for parameter in wrapped.parameters()):
         raise ValueError(
             "no parameter of the model trains: set requires_grad on some, or use_peft=True"

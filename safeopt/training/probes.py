@@ -41,14 +41,16 @@ def _task_nll(config: TrainConfig, rows: list[dict[str, Any]], tokenizer: Any) -
 
 
 def _refusal_rate(config: TrainConfig, rows: list[dict[str, Any]], tokenizer: Any) -> Probe:
-    from safeopt.evaluation.generation import greedy_replies
+    from safeopt.evaluation.generation import Decoding, greedy_replies
     from safeopt.evaluation.refusal import is_refusal
 
     chosen = rows[: config.probe_samples or None]
+    # On a CPU a bfloat16 copy decodes many times faster than autocast, which casts at every token.
+    decoding = Decoding(dtype="bfloat16" if config.mixed_precision == "bf16" else None)
     prompts = [data.text_field(row, "prompt", str(row["_where"])) for row in chosen]
 
     def probe(model: nn.Module, step: int) -> dict[str, float]:
-        replies = greedy_replies(model, tokenizer, prompts)
+        replies = greedy_replies(model, tokenizer, prompts, decoding)
         return {"probe/refusal_rate": sum(map(is_refusal, replies)) / len(replies)}
 
     return probe

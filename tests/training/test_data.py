@@ -75,6 +75,15 @@ def test_bad_rows_are_named_by_file_and_line(
         tokenize([{**row, "_where": "rows.jsonl:3"}], tokenizer, max_length=40)
 
 
+def test_rows_that_are_cut_are_counted(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "a", "reply": "b" * length} for length in (2, 50, 60)]
+    examples = tokenize(rows, tokenizer, max_length=20)
+    assert [len(example.input_ids) for example in examples] == [7, 20, 20]
+    assert "2 of 3 rows are cut to max_length=20" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -142,6 +142,15 @@ def test_lora_trains_and_saves_the_adapter_alone(run: Setup) -> None:
     assert "model.safetensors" not in names
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_gradient_checkpointing_takes_the_same_steps(run: Setup, use_peft: bool) -> None:
+    options = {"optimizer": "safe_adamw", "use_peft": use_peft, "lora_r": 2, "max_steps": 4}
+    plain = run("plain", run.make_model(), **options)
+    checkpointed = run("saving", run.make_model(), **options, gradient_checkpointing=True)
+    assert_equal(plain, checkpointed, atol=1e-6)
+    assert not checkpointed.is_gradient_checkpointing
+
+
 def test_merged_adapter_acts_like_the_trained_one_and_trains_on(run: Setup) -> None:
     lora = {"use_peft": True, "lora_r": 2, "save_model": True}
     trained = run("a", run.make_model(), **lora)
