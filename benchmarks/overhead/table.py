@@ -1,0 +1,119 @@
+"""Write the tables of this folder's README from one result file.
+
+python -m benchmarks.overhead.table benchmarks/overhead/results/smollm2-cpu.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.collapse.tables import fill
+from safeopt.files import write_text
+
+README = Path(__file__).parent / "README.md"
+
+Facts = Mapping[str, Any]
+
+
+def time_table(result: Facts) -> str:
+    """Median seconds and ratios."""
+    summary, p = result["summary"], result["guard"]["refresh_every"]
+    rows = [
+        ("forward-backward of the training batch", f"{summary['forward_backward_s']:.2f} s"),
+        ("AdamW step", f"{summary['adamw_step_s']:.3f} s"),
+        ("SafeAdamW step between refreshes", f"{summary['safe_adamw_step_s']:.3f} s"),
+        (
+            "**added between refreshes, share of the AdamW training step**",
+            _percent(summary["overhead_between_refreshes"]),
+        ),
+        ("forward-backward of the anchors", f"{summary['anchor_forward_backward_s']:.2f} s"),
+        ("refresh", f"{summary['refresh_s']:.2f} s"),
+        (
+            "**refresh over forward-backward of the same anchors**",
+            f"{summary['refresh_over_anchor_forward_backward']:.2f}",
+        ),
+        (
+            f"added in all with a refresh every {p} steps, share of the AdamW training step",
+            _percent(summary["overhead_with_refreshes"]),
+        ),
+    ]
+    return _markdown(("", "median"), rows)
+
+
+def memory_table(result: Facts) -> str:
+    """Bytes of the sketch beside the weights."""
+    labels = {
+        "measured": "SmolLM2-135M, measured",
+        "llama_3_1_8b_from_shapes": "Llama-3.1-8B, computed from shapes",
+    }
+    rows = [
+        (
+            labels[name],
+            str(facts["tokens"]),
+            f"{facts['sketch_bytes'] / 2**20:.0f} MiB",
+            _percent(facts["share_of_fp32_weights"]),
+            _percent(facts["share_of_bf16_weights"]),
+        )
+        for name, facts in result["memory"].items()
+    ]
+    heads = ("", "tokens per anchor", "sketch (fp32)", "of fp32 weights", "of bf16 weights")
+    return _markdown(heads, rows)
+
+
+def compression_table(result: Facts) -> str:
+    """Errors per compression rank."""
+    rows = [
+        (
+            str(error["compression_rank"] or "exact"),
+            _percent(error["lost_energy"]),
+            _percent(error["gram_error"]),
+            _percent(error["tangent_error"]),
+            _percent(error["velocity_left"]),
+            f"{error['sketch_bytes'] / 2**20:.0f} MiB",
+        )
+        for error in result["compression"]
+    ]
+    heads = ("q", "energy lost", "Gram error", "tangent error", "velocity left", "sketch")
+    return _markdown(heads, rows)
+
+
+def origin(result: Facts) -> str:
+    """The command, the machine and the sizes behind the tables."""
+    where, sizes = result["environment"], result["settings"]
+    versions = where["versions"]
+    return (
+        f"`{result['command']}`, {where['date'][:10]}: {where['processor']}, "
+        f"{where['torch_threads']} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; {sizes['rows']} x {sizes['tokens']} training tokens, "
+        f"{sizes['anchors']} anchors padded to {result['memory']['measured']['tokens']} tokens, "
+        f"k = {result['guard']['rank']}, {sizes['repeats']} repeats."
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fill the README."""
+    result = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    parts = {
+        "time": time_table(result),
+        "memory": memory_table(result),
+        "compression": compression_table(result),
+        "origin": origin(result),
+    }
+    write_text(README, fill(README.read_text(encoding="utf-8"), parts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
