@@ -1,0 +1,1 @@
+"""The shipped safety adapter: what it does to the model."""
