@@ -102,13 +102,10 @@ def test_each_third_party_import_is_declared() -> None:
         re.split(r"[^\w.-]", item)[0].lower()
         for item in importlib.metadata.requires("safeopt-llm") or []
     }
-    used = {
-        name.split(".")[0]
-        for folder in ("safeopt", "kernels", "recipes", "benchmarks")
-        for path in (ROOT / folder).rglob("*.py")
-        for name in imported_names(path)
-    } - set(sys.stdlib_module_names)
-    own = {"safeopt", "safeopt_kernels", "recipes", "benchmarks"}
+    used = {name.split(".")[0] for path in SOURCES for name in imported_names(path)} - set(
+        sys.stdlib_module_names
+    )
+    own = {"safeopt", "safeopt_kernels", "recipes", "benchmarks", "tests"}
     assert {"torch", "transformers", "yaml"} <= used
     assert {"pyyaml" if name == "yaml" else name for name in used - own} <= declared
 
