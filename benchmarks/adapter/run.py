@@ -8,6 +8,7 @@ the over-refusal prompts (not wanted), without and with the adapter.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import safeopt.demo
@@ -57,7 +58,9 @@ def _cell(result: SuiteResult, name: str) -> str:
 
 def main() -> None:
     """Measure, write figures and transcripts, fill the table of the README."""
-    results = {"bare": measure(None), "with_adapter": measure(ADAPTER)}
+    parser = argparse.ArgumentParser(description="Measure the shipped safety adapter.")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="default: the one shipped")
+    results = {"bare": measure(None), "with_adapter": measure(parser.parse_args().adapter)}
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     for name, result in results.items():
