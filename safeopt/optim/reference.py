@@ -17,6 +17,8 @@ from safeopt.guard import Guard
 
 BaseStep = Callable[[Optimizer], Any]
 
+# Weights copied at a time: few enough to stay in cache, enough to make small tensors cheap.
+_CHUNK_ELEMENTS = 1 << 20
 _MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
 
 
@@ -38,10 +40,10 @@ class Proposal:
 def guarded_step(optimizer: Optimizer, guard: Guard, base_step: BaseStep) -> None:
     """Take one step of ``base_step`` that stays on the guard's level set.
 
-    The base optimizer moves one parameter at a time, so that the memory beyond it is one copy
-    of the largest parameter and the displacement s is what was really stored: preconditioning,
-    learning rate and weight decay included. Then the weights lose G^T a, tangent and retraction
-    in one pass.
+    The base optimizer moves a few parameters at a time, so that the memory beyond it is about a
+    copy of the largest parameter, and the displacement s is what was really stored:
+    preconditioning, learning rate and weight decay included. Then the weights lose G^T a,
+    tangent and retraction in one pass.
 
     Args:
         optimizer: the optimizer whose parameters move.
@@ -105,20 +107,31 @@ def check_gradients(parameters: dict[str, Tensor]) -> None:
 def displacements(
     optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep
 ) -> Iterator[tuple[str, Tensor]]:
-    """Step one parameter at a time and yield its name and displacement."""
+    """Step a few parameters at a time and yield each one's name and displacement."""
     groups = optimizer.param_groups
     names = {id(p): name for name, p in parameters.items()}
     try:
         for group in groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                before = p.detach().clone()
-                optimizer.param_groups = [{**group, "params": [p]}]
+            for chunk in _chunks([p for p in group["params"] if p.grad is not None]):
+                before = [p.detach().clone() for p in chunk]
+                optimizer.param_groups = [{**group, "params": chunk}]
                 base_step(optimizer)
-                yield names[id(p)], p.detach() - before
+                for p, old in zip(chunk, before, strict=True):
+                    yield names[id(p)], p.detach() - old
     finally:
         optimizer.param_groups = groups
+
+
+def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive parameters, as many as fit into ``_CHUNK_ELEMENTS`` together, or one."""
+    chunk: list[Tensor] = []
+    for p in parameters:
+        if chunk and sum(q.numel() for q in chunk) + p.numel() > _CHUNK_ELEMENTS:
+            yield chunk
+            chunk = []
+        chunk.append(p)
+    if chunk:
+        yield chunk
 
 
 def observe(proposal: Proposal, sketch: GradientSketch, name: str, displacement: Tensor) -> None:
