@@ -38,7 +38,7 @@ class Guard:
        and K = G G^T = V Omega V^T, so that no anchor loss changes to first order;
     2. *retraction*, at a refresh: r_i = max(0, l_i - tau_i) is undone by v = -G^T a with
        (K + damping tr(K)/N I) a = r, a >= 0, not longer than
-       retraction_cap sqrt(refresh_every) ||s|| and orthogonal to the optimizer's momentum;
+       retraction_cap sqrt(refresh_every) max ||s||, the maximum over the run so far;
     3. *transport*: G is measured afresh every ``refresh_every`` steps.
 
     Build it on the aligned model, before training: tau_i = l_i(theta*) + budget.
@@ -54,9 +54,11 @@ class Guard:
             token factors (more memory).
         eigenvalue_floor: eigenvalues of K below this share of the largest are not removed.
         damping: mu of the retraction.
-        retraction_cap: c of the retraction.
-        momentum_orthogonal: make the retraction orthogonal to the optimizer's momentum, so that
-            it costs the task nothing to first order.
+        retraction_cap: c of the retraction. Its yardstick is the longest step so far, so that a
+            schedule that lets the steps fade out does not take the way back along.
+        momentum_orthogonal: make the retraction orthogonal to the optimizer's momentum: it then
+            costs the task nothing to first order, and cannot hold against a task gradient that
+            keeps opposing the anchors.
         tangent: switch of the first move.
         retraction: switch of the second move.
         transport: False keeps the first sketch for good; losses are still measured.
@@ -84,7 +86,7 @@ class Guard:
         eigenvalue_floor: float = 1e-4,
         damping: float = 0.1,
         retraction_cap: float = 1.0,
-        momentum_orthogonal: bool = True,
+        momentum_orthogonal: bool = False,
         tangent: bool = True,
         retraction: bool = True,
         transport: bool = True,
@@ -133,6 +135,7 @@ class Guard:
         self._gram = torch.zeros(0, 0)
         self._eigenbasis = Eigenbasis(torch.zeros(0), torch.zeros(0, 0))
         self._age = 0
+        self._longest_step = 0.0
         self._metrics: dict[str, float] = {}
 
     # -- construction ----------------------------------------------------------------------
@@ -258,12 +261,14 @@ class Guard:
         """Return the retraction that undoes the violation found at the last refresh.
 
         Args:
-            step_norm: ||s|| after the tangent move; bounds the retraction.
+            step_norm: ||s|| after the tangent move.
             momentum_coefficients: G m, (N,); None when there is no momentum.
             momentum_norm: ||m||.
         """
         weights = retraction_weights(self._gram, self.violation, self.damping)
-        cap = self.retraction_cap * math.sqrt(self.refresh_every) * step_norm
+        self._longest_step = max(self._longest_step, step_norm)
+        cap = self.retraction_cap * math.sqrt(self.refresh_every) * self._longest_step
+        cap = cap if step_norm > 0 else 0.0  # a step of length zero leaves the weights alone
         along = momentum_coefficients if self.momentum_orthogonal else None
         return capped_retraction(self._gram, weights, along, momentum_norm, cap)
 
@@ -278,9 +283,10 @@ class Guard:
         intended = retraction.along * along - self._gram @ retraction.weights
         return self._eigenbasis.component_norm(coefficients - intended)
 
-    def record_step(self, metrics: dict[str, float]) -> None:
-        """Count a finished optimizer step and keep its figures."""
+    def record_step(self, step_norm: float, metrics: dict[str, float]) -> None:
+        """Count a finished optimizer step of length ||s|| and keep its figures."""
         self._age += 1
+        self._longest_step = max(self._longest_step, step_norm)
         self._metrics |= metrics
 
     # -- telemetry and state ---------------------------------------------------------------
@@ -319,6 +325,8 @@ class Guard:
         return {
             "thresholds": self.thresholds.clone(),
             "age": self._age,
+            "longest_step": self._longest_step,
+            "metrics": dict(self._metrics),
             "sampler": self._sampler.state_dict(),
             "anchor_indices": torch.tensor(self._anchor_indices, dtype=torch.int64),
             "violation": self.violation,
@@ -344,6 +352,7 @@ class Guard:
             ReplyDistribution(a["tokens"], a["log_probs"]) for a in state["aligned"].values()
         ]
         self.violation, self._age = state["violation"], state["age"]
+        self._longest_step, self._metrics = state["longest_step"], dict(state["metrics"])
         if state["sketch"]:
             self.sketch = GradientSketch.from_state_dict(state["sketch"])
             self._gram = self.sketch.gram()

@@ -66,7 +66,7 @@ def guarded_step(optimizer: Optimizer, guard: Guard, base_step: BaseStep) -> Non
     start = time.perf_counter()
     metrics = _correct(optimizer, guard, sketch, parameters, proposal)
     elapsed = proposal.seconds + time.perf_counter() - start
-    guard.record_step(metrics | {"safety/step_ms": 1e3 * elapsed})
+    guard.record_step(proposal.squared_norm**0.5, metrics | {"safety/step_ms": 1e3 * elapsed})
 
 
 def named_parameters(optimizer: Optimizer, guard: Guard) -> dict[str, Tensor]:
