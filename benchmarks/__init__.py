@@ -1,0 +1,1 @@
+"""Comparative benchmarks: each folder has a runner, committed results and their tables."""

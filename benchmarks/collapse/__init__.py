@@ -1,0 +1,1 @@
+"""Does benign fine-tuning break refusals, and which method keeps them?"""

@@ -1,0 +1,52 @@
+"""Results on disk: one JSON file per (suite, method, variant, task, seed), facts only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safeopt.files import write_json
+
+FOLDER = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one result file is about."""
+
+    suite: str
+    method: str
+    variant: str
+    task: str
+    seed: int
+
+    def path(self, folder: Path = FOLDER) -> Path:
+        """``<folder>/<suite>/<method>-<variant>-<task>-<seed>.json``."""
+        stem = f"{self.method}-{self.variant}-{self.task}-{self.seed}"
+        return folder / self.suite / f"{stem}.json"
+
+
+def load(cell: Cell, folder: Path = FOLDER) -> dict[str, Any] | None:
+    """The facts of a cell, or None when it has not been run."""
+    path = cell.path(folder)
+    if not path.exists():
+        return None
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts
+
+
+def load_all(suite: str, folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
+    """Every result of a suite, in the order of file names."""
+    for path in sorted((folder / suite).glob("*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def save(cell: Cell, facts: Mapping[str, Any], folder: Path = FOLDER) -> Path:
+    """Write a result whole or not at all."""
+    path = cell.path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, facts)
+    return path

@@ -1,0 +1,78 @@
+"""Run the collapse benchmark: ``python -m benchmarks.collapse.run --suite world``.
+
+Cells that were run before with the same settings are skipped, so an interrupted run goes on where
+it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.collapse.results import FOLDER, Cell
+from benchmarks.collapse.runner import run_cell
+from benchmarks.collapse.suites import make_suite
+from benchmarks.collapse.tables import write_readme
+from benchmarks.collapse.variants import SuitePlan, Variant, read_plan
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the chosen cells and rewrite the tables."""
+    chosen = _parse(arguments)
+    torch.set_num_threads(chosen.threads)
+    plan = read_plan(chosen.suite)
+    cells = list(_cells(chosen, plan))
+    progress = tqdm(cells, unit="run")
+    for cell, variant in progress:
+        progress.set_description(f"{cell.method}/{cell.variant} {cell.task} {cell.seed}")
+        facts = run_cell(cell, variant, folder=chosen.results, again=chosen.again)
+        progress.write(_line(cell, facts))
+    if chosen.results == FOLDER:
+        write_readme(chosen.suite)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default="world")
+    parser.add_argument(
+        "--variant",
+        nargs="*",
+        default=["*"],
+        metavar="METHOD/NAME",
+        help="patterns such as 'safe/*'; all by default",
+    )
+    parser.add_argument("--task", nargs="*", help="all of the suite's tasks by default")
+    parser.add_argument("--seed", nargs="*", type=int, help="the plan's seeds by default")
+    parser.add_argument("--again", action="store_true", help="run cells that have a result too")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the result files")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def _cells(chosen: argparse.Namespace, plan: SuitePlan) -> Iterator[tuple[Cell, Variant]]:
+    seeds = plan.seeds if chosen.seed is None else chosen.seed
+    tasks = chosen.task or make_suite(chosen.suite, seeds[0], {}).tasks
+    wanted = [v for v in plan.variants if _matches(v, chosen.variant)]
+    for variant, seed, task in itertools.product(wanted, seeds, tasks):
+        yield Cell(chosen.suite, variant.method, variant.name, task, seed), variant
+
+
+def _matches(variant: Variant, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(f"{variant.method}/{variant.name}", pattern) for pattern in patterns)
+
+
+def _line(cell: Cell, facts: dict[str, Any]) -> str:
+    figures = "  ".join(f"{k} {v:.3g}" for k, v in facts["final"].items() if k != "step")
+    name = f"{cell.method}/{cell.variant}"
+    return f"{name:28} {cell.task:10} {cell.seed}  {figures}  {facts['train_seconds']:.1f} s"
+
+
+if __name__ == "__main__":
+    main()

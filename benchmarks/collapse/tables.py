@@ -1,0 +1,120 @@
+"""Markdown tables made from the result files, between markers in this folder's README."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.collapse.results import FOLDER, load_all
+from benchmarks.collapse.variants import SuitePlan, Variant, read_plan
+from safeopt.files import write_text
+
+README = Path(__file__).parent / "README.md"
+
+Facts = Mapping[str, Any]
+
+
+def table(plan: SuitePlan, results: Sequence[Facts], group: str) -> str:
+    """One group of variants: a row each, per task the plan's columns over the seeds.
+
+    A cell holds the mean and, behind it, the smallest and largest seed when they differ. Variants
+    that have not been run, or whose settings have changed since, have no row.
+    """
+    tasks = sorted({str(r["task"]) for r in results})
+    heads = [f"{task}: {label}" for task in tasks for label in plan.columns.values()]
+    rows = [["", *heads, "seconds", "seeds"], ["---"] * (len(heads) + 3)]
+    rows += [_row("aligned model", results, tasks, plan, "aligned")]
+    for variant in plan.variants:
+        own = [r for r in results if _is_of(r, variant)]
+        if variant.group == group and own:
+            rows.append(_row(variant.label, own, tasks, plan, "final"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _is_of(result: Facts, variant: Variant) -> bool:
+    settings = result["settings"]
+    return (result["method"], result["variant"]) == (variant.method, variant.name) and all(
+        (
+            settings["options"] == variant.options,
+            settings["suite_options"] == variant.suite,
+            variant.run.items() <= settings["run"].items(),
+        )
+    )
+
+
+def _row(
+    label: str, results: Sequence[Facts], tasks: Sequence[str], plan: SuitePlan, when: str
+) -> list[str]:
+    cells = [
+        _cell([r[when][metric] for r in _one_a_seed(results, task)])
+        for task in tasks
+        for metric in plan.columns
+    ]
+    seconds = fmean(r["train_seconds"] for r in results)
+    seeds = len({r["seed"] for r in results})
+    return [label, *cells, f"{seconds:.1f}" if when == "final" else "", str(seeds)]
+
+
+def _one_a_seed(results: Sequence[Facts], task: str) -> list[Facts]:
+    return list({r["seed"]: r for r in results if r["task"] == task}.values())
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    low, high, mean = min(values), max(values), fmean(values)
+    if high - low < 0.005:
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def machines(results: Sequence[Facts]) -> str:
+    """Where and with what the results were made, one line per distinct setting."""
+    seen = sorted({_machine(r) for r in results})
+    dates = sorted(str(r["date"])[:10] for r in results)
+    return "\n".join([*seen, f"Runs: {len(results)}, from {dates[0]} to {dates[-1]}."])
+
+
+def _machine(result: Facts) -> str:
+    versions = result["versions"]
+    names = ", ".join(f"{k} {versions[k]}" for k in ("safeopt-llm", "torch", "transformers"))
+    where = f"{result['processor']}, {result['torch_threads']} thread(s)"
+    return f"Made on {where}; Python {result['python']}, {names}."
+
+
+def fill(text: str, parts: Mapping[str, str]) -> str:
+    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` for every part.
+
+    Raises:
+        ValueError: a marker is missing from the text.
+    """
+    for name, part in parts.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"the markers of {name!r} must stand once each in the README")
+        head, _, rest = text.partition(start)
+        text = f"{head}{start}{part}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def parts_of(suite: str, folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
+    """Marker names and what belongs between them."""
+    plan, results = read_plan(suite), list(load_all(suite, folder))
+    for group in dict.fromkeys(v.group for v in plan.variants):
+        yield f"{suite}-{group}", table(plan, results, group)
+    yield f"{suite}-machine", machines(results)
+
+
+def write_readme(suite: str) -> None:
+    """Rewrite one suite's tables in the README."""
+    text = README.read_text(encoding="utf-8")
+    write_text(README, fill(text, dict(parts_of(suite))))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default="world")
+    write_readme(parser.parse_args().suite)

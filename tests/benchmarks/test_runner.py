@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.collapse.methods import METHODS
+from benchmarks.collapse.results import Cell, load, load_all, save
+from benchmarks.collapse.runner import StepLog, run_cell
+from benchmarks.collapse.variants import Variant, read_plan
+from tests.benchmarks.conftest import SmallWorld, small_world
+
+CELL = Cell("world", "adamw", "default", "style", 0)
+
+
+def variant(method: str, options: dict[str, Any] | None = None) -> Variant:
+    return Variant("methods", method, "default", method, options or {}, {}, {})
+
+
+def run(cell: Cell, chosen: Variant, folder: Path, again: bool = False) -> dict[str, Any]:
+    return run_cell(cell, chosen, folder=folder, again=again, make=small_world)
+
+
+def test_a_finished_cell_is_not_run_again(world: SmallWorld, tmp_path: Path) -> None:
+    first = run(CELL, variant("adamw"), tmp_path)
+    marked = first | {"date": "kept"}
+    save(CELL, marked, tmp_path)
+    assert run(CELL, variant("adamw"), tmp_path) == marked
+    assert run(CELL, variant("adamw"), tmp_path, again=True)["date"] != "kept"
+
+
+def test_changed_settings_make_the_result_stale(world: SmallWorld, tmp_path: Path) -> None:
+    cell = Cell("world", "mixed", "default", "questions", 0)
+    first = run(cell, variant("mixed", {"anchors_per_step": 1.0}), tmp_path)
+    second = run(cell, variant("mixed", {"anchors_per_step": 2.0}), tmp_path)
+    assert first["settings"] != second["settings"]
+    assert load(cell, tmp_path) == second
+
+
+def test_same_seed_gives_the_same_figures(world: SmallWorld, tmp_path: Path) -> None:
+    first = run(CELL, variant("adamw"), tmp_path / "a")
+    second = run(CELL, variant("adamw"), tmp_path / "b")
+    for key in ("aligned", "final", "evaluations", "log"):
+        assert first[key] == second[key]
+
+
+def test_an_interrupted_run_leaves_no_result(
+    world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter(range(100))
+
+    def stop(*_: Any) -> dict[str, float]:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.collapse.methods.adamw.Training.step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(CELL, variant("adamw"), tmp_path)
+    assert list(load_all("world", tmp_path)) == []
+    assert run(CELL, variant("adamw"), tmp_path)["final"]["step"] == 6
+
+
+def test_facts_are_plain_json(world: SmallWorld, tmp_path: Path) -> None:
+    facts = run(CELL, variant("adamw"), tmp_path)
+    assert json.loads(CELL.path(tmp_path).read_text()) == facts
+    assert [e["step"] for e in facts["evaluations"]] == [3, 6]
+    assert facts["versions"]["torch"]
+    assert facts["peak_memory_mb"] > 0
+    assert facts["train_seconds"] > 0
+    assert set(facts["aligned"]) | {"step"} == set(facts["final"])
+
+
+def test_every_method_of_the_world_plan_takes_its_options(
+    world: SmallWorld, tmp_path: Path
+) -> None:
+    plan = read_plan("world")
+    first_of = {v.method: v for v in reversed(plan.variants)}
+    assert set(first_of) == set(METHODS)
+    for method in sorted(METHODS, key=lambda name: name == "norm_matched"):
+        chosen = first_of[method]
+        cell = Cell("world", method, chosen.name, "questions", 0)
+        assert run(cell, chosen, tmp_path)["final"]["step"] == 6
+
+
+def test_a_method_that_needs_another_result_says_which(world: SmallWorld, tmp_path: Path) -> None:
+    cell = Cell("world", "norm_matched", "default", "style", 0)
+    with pytest.raises(FileNotFoundError, match="needs the result of safe/default"):
+        run(cell, variant("norm_matched", {"like": "safe/default"}), tmp_path)
+
+
+def test_step_log_averages_windows() -> None:
+    log = StepLog(every=2)
+    for loss in (1.0, 3.0, 5.0):
+        log.add({"loss": loss})
+    assert log.facts() == {"every": 2, "loss": [2.0, 5.0]}

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.collapse import tables, variants
+from benchmarks.collapse.results import Cell, load_all, save
+from benchmarks.collapse.variants import read_plan
+
+PLAN = """
+seeds: [0, 1]
+columns: {asr: ASR}
+defaults:
+  safe: {refresh_every: 5}
+groups:
+  methods:
+    - {id: adamw/default, label: AdamW}
+    - {id: safe/default, label: ours}
+    - {id: safe/p2, label: p = 2, options: {refresh_every: 2}}
+"""
+
+
+@pytest.fixture
+def plan_folder(tmp_path: Path) -> Path:
+    (tmp_path / "toy.yaml").write_text(PLAN)
+    return tmp_path
+
+
+def result(method: str, variant: str, seed: int, asr: float, **options: Any) -> dict[str, Any]:
+    return {
+        "method": method,
+        "variant": variant,
+        "task": "style",
+        "seed": seed,
+        "settings": {"options": options, "run": {}, "suite_options": {}},
+        "aligned": {"asr": 0.02},
+        "final": {"asr": asr},
+        "train_seconds": 2.0,
+        "processor": "a processor",
+        "torch_threads": 1,
+        "python": "3.12.0",
+        "versions": {"safeopt-llm": "0.1.0", "torch": "2.13.0", "transformers": "5.0"},
+        "date": f"2026-01-0{seed + 1}T00:00:00",
+    }
+
+
+def test_plan_merges_defaults_and_options(plan_folder: Path) -> None:
+    plan = read_plan("toy", plan_folder)
+    assert plan.seeds == (0, 1)
+    assert [v.options for v in plan.variants] == [{}, {"refresh_every": 5}, {"refresh_every": 2}]
+    with pytest.raises(ValueError, match="known: toy"):
+        read_plan("moon", plan_folder)
+    (plan_folder / "toy.yaml").write_text(PLAN + "    - {id: safe/p2, label: again}\n")
+    with pytest.raises(ValueError, match="named twice: safe/p2"):
+        read_plan("toy", plan_folder)
+
+
+def test_table_is_made_from_result_files(plan_folder: Path, tmp_path: Path) -> None:
+    plan = read_plan("toy", plan_folder)
+    for seed, asr in enumerate((0.9, 1.0)):
+        save(Cell("toy", "adamw", "default", "style", seed), result("adamw", "default", seed, asr))
+        own = result("safe", "default", seed, 0.031, refresh_every=5)
+        save(Cell("toy", "safe", "default", "style", seed), own)
+    stale = result("safe", "p2", 0, 0.5, refresh_every=3)
+    save(Cell("toy", "safe", "p2", "style", 0), stale)
+    lines = tables.table(plan, list(load_all("toy")), "methods").splitlines()
+    assert lines == [
+        "|  | style: ASR | seconds | seeds |",
+        "| --- | --- | --- | --- |",
+        "| aligned model | 0.02 |  | 2 |",
+        "| AdamW | 0.95 (0.90 to 1.00) | 2.0 | 2 |",
+        "| ours | 0.03 | 2.0 | 2 |",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def results_in_a_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in (save, load_all):
+        monkeypatch.setattr(function, "__defaults__", (tmp_path / "results",))
+
+
+def test_fill_replaces_between_markers_alone() -> None:
+    text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter\n"
+    filled = tables.fill(text, {"a": "new | \\1"})
+    assert filled == "before\n<!-- a -->\nnew | \\1\n<!-- /a -->\nafter\n"
+    assert tables.fill(filled, {"a": "new | \\1"}) == filled
+    with pytest.raises(ValueError, match="markers of 'b'"):
+        tables.fill(text, {"b": ""})
+
+
+def test_readme_tables_are_those_of_the_committed_results() -> None:
+    """The README in the repository was made from the result files beside it."""
+    folder = Path(variants.__file__).parent / "results"
+    text = tables.README.read_text(encoding="utf-8")
+    for suite in sorted(path.name for path in folder.iterdir()):
+        assert tables.fill(text, dict(tables.parts_of(suite, folder))) == text
