@@ -23,7 +23,7 @@ demo: $(STAMP) ## fine-tune a real model with AdamW and SafeAdamW, print one tab
 	$(BIN)/safeopt demo $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-k name" for some of them)
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
