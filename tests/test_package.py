@@ -190,21 +190,3 @@ def test_public_names_are_documented() -> None:
         ]
         bare += [label for label, thing in named if not inspect.getdoc(thing)]
     assert not bare
-
-
-def test_links_in_the_documentation_resolve() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
-    broken = [
-        f"{page.relative_to(ROOT)}: {target}"
-        for page in pages
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
-        if "://" not in target and not (page.parent / target).exists()
-    ]
-    assert not broken
-
-
-def test_make_targets_named_in_the_readme_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = set(re.findall(r"\bmake ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
-    assert {"demo", "test"} <= named
-    assert named <= set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
