@@ -15,7 +15,7 @@ from safeopt.files import write_json
 Method = Literal["aligned", "adamw", "safe_adamw"]
 METHODS: tuple[Method, ...] = ("aligned", "adamw", "safe_adamw")
 ADVBENCH, STRONGREJECT, OVERREFUSAL = "advbench", "strongreject", "overrefusal"
-TASK = "gsm8k"
+TASK = "asdiv"
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class Plan:
 
     Attributes:
         steps: Optimizer steps.
-        learning_rate: Peak learning rate, the same for both.
+        learning_rate: Peak learning rate; it falls linearly to zero.
+        warmup_steps: Steps of linear warm-up before the peak.
         batch_size: Rows a step.
         max_length: Longest training row in tokens.
-        task_rows: GSM8K rows trained on; the rest of the 100 is held out for the task NLL.
+        test_problems: Held-out ASDiv problems of the task NLL; the others are trained on.
         seed: Seed of the row order and of the guard.
         refuse_anchors: Harmful AdvBench training prompts with the aligned model's own refusal.
         comply_anchors: Harmless prompts with the aligned model's own answer.
@@ -39,11 +40,12 @@ class Plan:
         guard: Keywords of ``safeopt.Guard`` that differ from its defaults.
     """
 
-    steps: int = 60
+    steps: int = 40
     learning_rate: float = 5e-5
+    warmup_steps: int = 4
     batch_size: int = 4
-    max_length: int = 192
-    task_rows: int = 70
+    max_length: int = 256
+    test_problems: int = 100
     seed: int = 0
     refuse_anchors: int = 16
     comply_anchors: int = 8
@@ -70,11 +72,11 @@ class Plan:
 
     def train_rows(self) -> tuple[data.Row, ...]:
         """Benign rows that both optimizers train on."""
-        return data.gsm8k()[: self.task_rows]
+        return data.asdiv()[self.test_problems :]
 
     def test_rows(self) -> tuple[data.Row, ...]:
         """Benign rows of the task NLL."""
-        return data.gsm8k()[self.task_rows :]
+        return data.asdiv()[: self.test_problems]
 
     def prompt_sets(self) -> dict[str, tuple[str, ...]]:
         """Prompts of the final evaluation, none of them seen in alignment or as an anchor."""

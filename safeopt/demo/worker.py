@@ -90,6 +90,7 @@ def fine_tune(method: Method, plan: Plan, folder: Path, model: Any, tokenizer: A
         learning_rate=plan.learning_rate,
         per_device_train_batch_size=plan.batch_size,
         max_steps=plan.steps,
+        warmup_steps=plan.warmup_steps,
         max_length=plan.max_length,
         mixed_precision=plan.precision,
         eval_steps=plan.probe_every,
