@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         progress.set_description(f"{cell.method}/{cell.variant} {cell.task} {cell.seed}")
         facts = run_cell(cell, variant, folder=chosen.results, again=chosen.again)
         progress.write(_line(cell, facts))
-    if chosen.results == FOLDER:
-        write_readme(chosen.suite)
+        if chosen.results == FOLDER:
+            write_readme(chosen.suite)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

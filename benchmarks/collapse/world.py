@@ -77,7 +77,7 @@ class World:
 
     name = "world"
     tasks = ("style", "questions")
-    settings = RunSettings(steps=400, lr=2e-3, batch_size=32, evaluate_every=100, warmup_steps=40)
+    settings = RunSettings(steps=400, lr=2e-3, batch_size=32, evaluate_every=200, warmup_steps=40)
 
     def __init__(self, seed: int, config: WorldConfig | None = None) -> None:
         config = config or WorldConfig()
