@@ -115,20 +115,21 @@ class Anchors:
             ValueError: no anchors, lengths that differ, an anchor without reply tokens, or an
                 unknown kind.
         """
-        kinds = tuple(kinds) if kinds is not None else ("refuse",) * len(input_ids)
-        if not len(input_ids) == len(labels) == len(kinds):
+        default: Kind = "refuse"
+        chosen = (default,) * len(input_ids) if kinds is None else tuple(kinds)
+        if not len(input_ids) == len(labels) == len(chosen):
             raise ValueError(
                 f"input_ids, labels and kinds must have one entry per anchor, got "
-                f"{len(input_ids)}, {len(labels)} and {len(kinds)}"
+                f"{len(input_ids)}, {len(labels)} and {len(chosen)}"
             )
         if not input_ids:
             raise ValueError("no anchors: pass at least one example (16 to 512 are usual)")
         ids = tuple(torch.as_tensor(row, dtype=torch.int64) for row in input_ids)
         targets = tuple(torch.as_tensor(row, dtype=torch.int64) for row in labels)
-        for i, (row, target, kind) in enumerate(zip(ids, targets, kinds, strict=True)):
+        for i, (row, target, kind) in enumerate(zip(ids, targets, chosen, strict=True)):
             _check_tokens(f"anchor {i}", row, target)
             _check_kind(f"anchor {i}", kind)
-        return cls(ids, targets, kinds)
+        return cls(ids, targets, chosen)
 
     def batch(self, indices: Sequence[int] | None = None) -> AnchorBatch:
         """Collate the chosen anchors (all by default) into one right-padded batch."""

@@ -18,6 +18,14 @@ from safeopt.optim.reference import guarded_step, named_parameters
 _adamw_step: Callable[..., Any] = inspect.unwrap(torch.optim.AdamW.step)
 
 
+def _guarded_adamw_step(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW on the groups of a guarded step: fused, unless an implementation was asked for."""
+    for group in optimizer.param_groups:
+        if group["foreach"] is None and group["fused"] is None:
+            group["fused"] = True
+    _adamw_step(optimizer)
+
+
 class SafeAdamW(torch.optim.AdamW):
     r"""AdamW whose every step stays on the guard's safety level set.
 
@@ -42,7 +50,7 @@ class SafeAdamW(torch.optim.AdamW):
         weight_decay: decoupled weight decay; the guard sees it as part of the step.
         amsgrad: use the AMSGrad variant.
         maximize: ascend instead of descend.
-        foreach: as in AdamW.
+        foreach: as in AdamW; with a guard and neither flag given, the step is fused.
         capturable: as in AdamW; not together with a guard.
         differentiable: as in AdamW; not together with a guard.
         fused: as in AdamW.
@@ -114,5 +122,5 @@ class SafeAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            guarded_step(self, self.guard, _adamw_step)
+            guarded_step(self, self.guard, _guarded_adamw_step)
         return loss

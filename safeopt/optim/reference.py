@@ -107,26 +107,43 @@ def check_gradients(parameters: dict[str, Tensor]) -> None:
 def displacements(
     optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep
 ) -> Iterator[tuple[str, Tensor]]:
-    """Step a few parameters at a time and yield each one's name and displacement."""
+    """Step a few parameters at a time and yield each one's name and displacement.
+
+    A displacement lives in a scratch buffer and is overwritten once the next one is asked for.
+    """
     groups = optimizer.param_groups
     names = {id(p): name for name, p in parameters.items()}
+    scratch = torch.empty(0)
     try:
         for group in groups:
             for chunk in _chunks([p for p in group["params"] if p.grad is not None]):
-                before = [p.detach().clone() for p in chunk]
+                scratch, before = _copies(scratch, chunk)
                 optimizer.param_groups = [{**group, "params": chunk}]
                 base_step(optimizer)
                 for p, old in zip(chunk, before, strict=True):
-                    yield names[id(p)], p.detach() - old
+                    yield names[id(p)], torch.sub(p.detach(), old, out=old)
     finally:
         optimizer.param_groups = groups
 
 
+def _copies(scratch: Tensor, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copies of the parameters in ``scratch``, which grows when it is too small."""
+    sizes = [p.numel() for p in parameters]
+    first = parameters[0]
+    if (scratch.dtype, scratch.device) != (first.dtype, first.device) or len(scratch) < sum(sizes):
+        scratch = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+    parts = scratch[: sum(sizes)].split(sizes)
+    copies = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+    torch._foreach_copy_(copies, [p.detach() for p in parameters])
+    return scratch, copies
+
+
 def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive parameters, as many as fit into ``_CHUNK_ELEMENTS`` together, or one."""
+    """Consecutive parameters of one type, up to ``_CHUNK_ELEMENTS`` together, or one."""
     chunk: list[Tensor] = []
     for p in parameters:
-        if chunk and sum(q.numel() for q in chunk) + p.numel() > _CHUNK_ELEMENTS:
+        fits = sum(q.numel() for q in chunk) + p.numel() <= _CHUNK_ELEMENTS
+        if chunk and not (fits and (p.dtype, p.device) == (chunk[0].dtype, chunk[0].device)):
             yield chunk
             chunk = []
         chunk.append(p)
