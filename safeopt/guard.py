@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.anchors import AnchorBatch, Anchors
-from safeopt.geometry.capture import AnchorLoss, check_finite, logits_of, undisturbed
+from safeopt.geometry.capture import AnchorLoss, check_finite, logits_of
 from safeopt.geometry.coverage import (
     device_of,
     find_coverage,
@@ -22,6 +22,7 @@ from safeopt.geometry.coverage import (
 )
 from safeopt.geometry.gradient_sketch import GradientSketch
 from safeopt.geometry.moves import Eigenbasis, Retraction, capped_retraction, retraction_weights
+from safeopt.isolation import undisturbed
 from safeopt.losses import ReplyDistribution, reply_distributions, reply_kl, reply_nll
 from safeopt.sampling import AnchorSampler
 

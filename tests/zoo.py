@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import safeopt
 from safeopt.geometry import DenseSubspace
-from safeopt.geometry.capture import logits_of, undisturbed
+from safeopt.geometry.capture import logits_of
+from safeopt.isolation import undisturbed
 from safeopt.losses import reply_nll
 
 VOCABULARY = 97

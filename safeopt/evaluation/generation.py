@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from safeopt.isolation import undisturbed
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -36,16 +38,9 @@ class Decoding:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode without gradients; restore every module's mode and all RNGs."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    """Put ``model`` in eval mode without gradients; leave modes, buffers and RNGs as they were."""
+    with undisturbed(model), torch.no_grad():
+        yield
 
 
 def greedy_replies(

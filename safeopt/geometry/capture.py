@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from safeopt.anchors import AnchorBatch
 from safeopt.geometry.coverage import Site
+from safeopt.isolation import undisturbed
 
 AnchorLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,26 +59,6 @@ class _Recorder:
         if output.requires_grad:  # the edge, unlike the tensor, survives in-place writes
             detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
             self.calls.append(Call(detached, keywords, get_gradient_edge(output), output.shape))
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the body in eval mode and restore modes, buffers and RNG state, also on errors."""
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):
-            for module, _ in modes:
-                module.training = False
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
 
 
 def logits_of(model: nn.Module, batch: AnchorBatch) -> Tensor:
