@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Kind = Literal["refuse", "comply"]
 IGNORED = -100
@@ -235,3 +235,27 @@ def _check_tokens(where: str, ids: Tensor, labels: Tensor) -> None:
         )
     if int(ids.min()) < 0:
         raise ValueError(f"{where}: negative token id {int(ids.min())} in input_ids")
+
+
+def check_fits(model: nn.Module, anchors: Anchors) -> None:
+    """Raise if token ids or lengths do not fit the model: another tokenizer made the anchors.
+
+    Raises:
+        ValueError: a token id outside the vocabulary, or an anchor longer than the context.
+    """
+    config = getattr(model, "config", None)
+    embed = getattr(model, "get_input_embeddings", None)
+    table = embed() if callable(embed) else None
+    vocabulary = table.num_embeddings if isinstance(table, nn.Embedding) else None
+    context = getattr(config, "max_position_embeddings", None)
+    for i, ids in enumerate(anchors.input_ids):
+        if vocabulary is not None and int(ids.max()) >= vocabulary:
+            raise ValueError(
+                f"anchor {i} holds token id {int(ids.max())} but the model's vocabulary has "
+                f"{vocabulary} entries; tokenise the anchors with this model's own tokenizer"
+            )
+        if context is not None and len(ids) > context:
+            raise ValueError(
+                f"anchor {i} has {len(ids)} tokens, more than the model's context of {context}; "
+                "shorten it"
+            )

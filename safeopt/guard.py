@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from safeopt.anchors import AnchorBatch, Anchors
+from safeopt.anchors import AnchorBatch, Anchors, check_fits
 from safeopt.geometry.capture import AnchorLoss, check_finite, logits_of
 from safeopt.geometry.coverage import (
     device_of,
@@ -21,7 +21,13 @@ from safeopt.geometry.coverage import (
     unwrapped,
 )
 from safeopt.geometry.gradient_sketch import GradientSketch
-from safeopt.geometry.moves import Eigenbasis, Retraction, capped_retraction, retraction_weights
+from safeopt.geometry.moves import (
+    Eigenbasis,
+    Retraction,
+    capped_retraction,
+    next_brake,
+    retraction_weights,
+)
 from safeopt.isolation import undisturbed
 from safeopt.losses import ReplyDistribution, reply_distributions, reply_kl, reply_nll
 from safeopt.sampling import AnchorSampler
@@ -40,7 +46,9 @@ class Guard:
     2. *retraction*, at a refresh: r_i = max(0, l_i - tau_i) is undone by v = -G^T a with
        (K + damping tr(K)/N I) a = r, a >= 0, not longer than
        retraction_cap sqrt(refresh_every) max ||s||, the maximum over the run so far;
-    3. *transport*: G is measured afresh every ``refresh_every`` steps.
+    3. *transport*: G is measured afresh every ``refresh_every`` steps, and if the anchors have
+       moved by more than ``step_limit`` since the last time, the learning rate is cut until they
+       no longer do.
 
     Build it on the aligned model, before training: tau_i = l_i(theta*) + budget.
 
@@ -60,6 +68,8 @@ class Guard:
         momentum_orthogonal: make the retraction orthogonal to the optimizer's momentum: it then
             costs the task nothing to first order, and cannot hold against a task gradient that
             keeps opposing the anchors.
+        step_limit: trust region; a refresh that finds a larger mean violation, in nats, shortens
+            the steps until the next one (`safeopt.geometry.moves.next_brake`). None never does.
         tangent: switch of the first move.
         retraction: switch of the second move.
         transport: False keeps the first sketch for good; losses are still measured.
@@ -88,6 +98,7 @@ class Guard:
         damping: float = 0.1,
         retraction_cap: float = 1.0,
         momentum_orthogonal: bool = False,
+        step_limit: float | None = 0.05,
         tangent: bool = True,
         retraction: bool = True,
         transport: bool = True,
@@ -102,6 +113,7 @@ class Guard:
             compression_rank=compression_rank,
             damping=damping,
             eigenvalue_floor=eigenvalue_floor,
+            step_limit=step_limit,
         )
         if retraction_cap < 0 or not math.isfinite(budget):
             raise ValueError(
@@ -119,13 +131,14 @@ class Guard:
         self.damping = damping
         self.retraction_cap = retraction_cap
         self.momentum_orthogonal = momentum_orthogonal
+        self.step_limit = step_limit
         self.tangent = tangent
         self.retraction = retraction
         self.transport = transport
         self.reference = reference
         self._chunk = anchors_per_refresh
         self._sampler = AnchorSampler(anchors.kinds, anchors_per_refresh, seed)
-        _check_fits(self.model, anchors)
+        check_fits(self.model, anchors)
         self._cover(uncovered)
         self._aligned: list[ReplyDistribution] = []
         self.thresholds = self._calibrate()
@@ -137,6 +150,7 @@ class Guard:
         self._eigenbasis = Eigenbasis(torch.zeros(0), torch.zeros(0, 0))
         self._age = 0
         self._longest_step = 0.0
+        self.brake = 1.0
         self._metrics: dict[str, float] = {}
 
     # -- construction ----------------------------------------------------------------------
@@ -226,6 +240,8 @@ class Guard:
         self.violation = (losses - thresholds).clamp(min=0).double()
         self._metrics["safety/anchor_loss"] = float(losses.mean())
         self._metrics["safety/violation"] = float(self.violation.mean())
+        if self.step_limit is not None:
+            self.brake = next_brake(self.brake, float(self.violation.mean()), self.step_limit)
 
     # -- what an optimizer asks during a step ----------------------------------------------
 
@@ -300,10 +316,12 @@ class Guard:
         ``safety/retraction_ratio`` (||v|| / ||s||), ``safety/leak`` (||U^T d|| / ||d|| of the
         stored weights, measured after a refresh), ``safety/rank`` (k), ``safety/captured_energy``
         (share of the gradient energy that compression kept, mean), ``safety/sketch_mb``,
-        ``safety/basis_age`` (steps), ``safety/refresh_ms`` and ``safety/step_ms`` (milliseconds
-        of the last refresh and of the last step beyond the base optimizer).
+        ``safety/basis_age`` (steps), ``safety/brake`` (factor on the learning rate),
+        ``safety/refresh_ms`` and ``safety/step_ms`` (milliseconds of the last refresh and of the
+        last step beyond the base optimizer).
         """
-        metrics = dict(self._metrics) | {"safety/basis_age": float(self._age)}
+        metrics = dict(self._metrics)
+        metrics |= {"safety/basis_age": float(self._age), "safety/brake": self.brake}
         if self.sketch is not None:
             metrics["safety/rank"] = float(len(self._eigenbasis.values))
             metrics["safety/captured_energy"] = float(self.sketch.captured_energy.mean())
@@ -327,6 +345,7 @@ class Guard:
             "thresholds": self.thresholds.clone(),
             "age": self._age,
             "longest_step": self._longest_step,
+            "brake": self.brake,
             "metrics": dict(self._metrics),
             "sampler": self._sampler.state_dict(),
             "anchor_indices": torch.tensor(self._anchor_indices, dtype=torch.int64),
@@ -353,7 +372,8 @@ class Guard:
             ReplyDistribution(a["tokens"], a["log_probs"]) for a in state["aligned"].values()
         ]
         self.violation, self._age = state["violation"], state["age"]
-        self._longest_step, self._metrics = state["longest_step"], dict(state["metrics"])
+        self._longest_step, self.brake = state["longest_step"], state["brake"]
+        self._metrics = dict(state["metrics"])
         if state["sketch"]:
             self.sketch = GradientSketch.from_state_dict(state["sketch"])
             self._gram = self.sketch.gram()
@@ -370,23 +390,3 @@ def _check_positive(**settings: float | None) -> None:
     for name, value in settings.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be greater than 0, got {value}")
-
-
-def _check_fits(model: nn.Module, anchors: Anchors) -> None:
-    """Token ids and lengths must fit the model, or these anchors are another tokenizer's."""
-    config = getattr(model, "config", None)
-    embed = getattr(model, "get_input_embeddings", None)
-    table = embed() if callable(embed) else None
-    vocabulary = table.num_embeddings if isinstance(table, nn.Embedding) else None
-    context = getattr(config, "max_position_embeddings", None)
-    for i, ids in enumerate(anchors.input_ids):
-        if vocabulary is not None and int(ids.max()) >= vocabulary:
-            raise ValueError(
-                f"anchor {i} holds token id {int(ids.max())} but the model's vocabulary has "
-                f"{vocabulary} entries; tokenise the anchors with this model's own tokenizer"
-            )
-        if context is not None and len(ids) > context:
-            raise ValueError(
-                f"anchor {i} has {len(ids)} tokens, more than the model's context of {context}; "
-                "shorten it"
-            )

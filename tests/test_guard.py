@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import safeopt
+from safeopt.geometry.moves import next_brake
 from tests.zoo import (
     ARCHITECTURES,
     VOCABULARY,
@@ -339,3 +340,30 @@ def test_state_of_other_anchors_is_refused() -> None:
     state = safeopt.Guard(llama(), random_anchors(5)).state_dict()
     with pytest.raises(ValueError, match=r"made with 5 anchors, the guard has 4"):
         guard.load_state_dict(state)
+
+
+# -- the brake ------------------------------------------------------------------------------------
+
+
+def test_brake_follows_the_violation() -> None:
+    assert next_brake(1.0, violation=0.2, limit=0.05) == pytest.approx(0.5)
+    assert next_brake(0.5, violation=0.0, limit=0.05) == pytest.approx(0.65)
+    assert next_brake(0.9, violation=0.01, limit=0.05) == 1.0
+    assert next_brake(0.2, violation=100.0, limit=0.05) == 0.1
+
+
+def test_brake_shortens_steps_and_leaves_the_learning_rate_alone() -> None:
+    lengths = {}
+    for limit in (None, 1e-4):
+        model = llama()
+        guard = safeopt.Guard(
+            model, random_anchors(), budget=-1.0, step_limit=limit, tangent=False, retraction=False
+        )
+        optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=1e-3, guard=guard)
+        before = [p.detach().clone() for p in model.parameters()]
+        take_training_step(model, optimizer)
+        moved = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+        lengths[limit] = float(torch.cat([m.flatten() for m in moved]).norm())
+        assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert guard.metrics()["safety/brake"] == 0.1
+    assert lengths[1e-4] == pytest.approx(0.1 * lengths[None], rel=1e-3)

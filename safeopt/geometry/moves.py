@@ -92,6 +92,22 @@ def _step_to_feasible(system: Tensor, target: Tensor, start: Tensor, active: Ten
         solution = solution.clamp(min=0).masked_fill(~active, 0.0)
 
 
+def next_brake(brake: float, violation: float, limit: float) -> float:
+    """Factor on the learning rate until the next refresh: a trust region for the tangent move.
+
+    f <- f min(1.3, sqrt(limit / violation)), kept within [0.1, 1]. The tangent move leaves the
+    anchors a second-order change, which grows with the square of the step's length; hence the
+    root. The floor keeps the task going, and the 1.3 lets go slowly of what was just too much.
+
+    Args:
+        brake: f until now.
+        violation: mean violation found at this refresh, nats.
+        limit: violation that is small enough, nats.
+    """
+    change = math.sqrt(limit / violation) if violation > 0 else math.inf
+    return min(1.0, max(0.1, brake * min(1.3, change)))
+
+
 @dataclass(frozen=True)
 class Retraction:
     """A retraction v = -G^T weights + along m, with m the optimizer's momentum.

@@ -61,7 +61,7 @@ def guarded_step(optimizer: Optimizer, guard: Guard, base_step: BaseStep) -> Non
     sketch = guard.sketch
     assert sketch is not None
     proposal = Proposal(torch.zeros_like(guard.violation))
-    for name, displacement in displacements(optimizer, parameters, base_step):
+    for name, displacement in displacements(optimizer, parameters, base_step, guard.brake):
         observe(proposal, sketch, name, displacement)
     start = time.perf_counter()
     metrics = _correct(optimizer, guard, sketch, parameters, proposal)
@@ -105,10 +105,11 @@ def check_gradients(parameters: dict[str, Tensor]) -> None:
 
 
 def displacements(
-    optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep
+    optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep, brake: float = 1.0
 ) -> Iterator[tuple[str, Tensor]]:
     """Step a few parameters at a time and yield each one's name and displacement.
 
+    The learning rate is multiplied by ``brake`` for this step alone.
     A displacement lives in a scratch buffer and is overwritten once the next one is asked for.
     """
     groups = optimizer.param_groups
@@ -118,7 +119,8 @@ def displacements(
         for group in groups:
             for chunk in _chunks([p for p in group["params"] if p.grad is not None]):
                 scratch, before = _copies(scratch, chunk)
-                optimizer.param_groups = [{**group, "params": chunk}]
+                lr = group["lr"] * brake if brake < 1 else group["lr"]
+                optimizer.param_groups = [{**group, "params": chunk, "lr": lr}]
                 base_step(optimizer)
                 for p, old in zip(chunk, before, strict=True):
                     yield names[id(p)], torch.sub(p.detach(), old, out=old)

@@ -162,7 +162,12 @@ def test_retraction_brings_the_anchors_back_at_no_first_order_cost() -> None:
 def test_retraction_is_orthogonal_to_the_momentum(orthogonal: bool) -> None:
     model = llama()
     guard = safeopt.Guard(
-        model, random_anchors(), budget=-1.0, tangent=False, momentum_orthogonal=orthogonal
+        model,
+        random_anchors(),
+        budget=-1.0,
+        step_limit=None,
+        tangent=False,
+        momentum_orthogonal=orthogonal,
     )
     optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=1e-2, weight_decay=0, guard=guard)
     twin = copy.deepcopy(model)
