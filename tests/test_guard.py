@@ -366,4 +366,4 @@ def test_brake_shortens_steps_and_leaves_the_learning_rate_alone() -> None:
         lengths[limit] = float(torch.cat([m.flatten() for m in moved]).norm())
         assert optimizer.param_groups[0]["lr"] == 1e-3
     assert guard.metrics()["safety/brake"] == 0.1
-    assert lengths[1e-4] == pytest.approx(0.1 * lengths[None], rel=1e-3)
+    assert lengths[1e-4] == pytest.approx(0.1 * lengths[None], rel=1e-2)
