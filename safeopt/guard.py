@@ -89,7 +89,7 @@ class Guard:
         model: nn.Module,
         anchors: Anchors,
         *,
-        budget: float = 0.05,
+        budget: float = 0.02,
         refresh_every: int = 5,
         anchors_per_refresh: int = 8,
         rank: int | None = None,

@@ -54,7 +54,7 @@ class SmolConfig:
     comply_anchors: int = 32
     prompts_per_set: int = 120
     task_test_rows: int = 80
-    max_length: int = 144
+    max_length: int = 120
     precision: Literal["bf16", "fp32"] = "bf16"
 
 

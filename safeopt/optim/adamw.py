@@ -60,7 +60,7 @@ class SafeAdamW(torch.optim.AdamW):
         ValueError: a parameter is not in the guard's model, or an option that a guard excludes.
 
     Example:
-        >>> guard = safeopt.Guard(model, anchors, budget=0.05)
+        >>> guard = safeopt.Guard(model, anchors, budget=0.02)
         >>> optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=2e-5, guard=guard)
     """
 

@@ -196,7 +196,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def parse_args(argv: Sequence[str], description: str, **defaults: Any) -> TrainConfig:
     """`TrainConfig` from ``--config file.yaml`` and flags; flags win, then YAML, then defaults.
 
-    Guard keywords are given as ``--guard.budget 0.05`` or as a ``guard:`` mapping in the YAML.
+    Guard keywords are given as ``--guard.budget 0.02`` or as a ``guard:`` mapping in the YAML.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of the options below; flags win over it")
