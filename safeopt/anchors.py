@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
+
+from safeopt.files import read_jsonl
 
 Kind = Literal["refuse", "comply"]
 IGNORED = -100
@@ -80,10 +81,7 @@ class Anchors:
         Raises:
             ValueError: a row is not usable; the message names file and line.
         """
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-        parsed = [(where, _parse_json(where, line)) for where, line in rows]
-        return cls._from_located_rows(parsed, tokenizer, max_length, source=str(path))
+        return cls._from_located_rows(read_jsonl(path), tokenizer, max_length, source=str(path))
 
     @classmethod
     def from_rows(
@@ -155,16 +153,6 @@ class Anchors:
         examples = [_tokenise(where, row, tokenizer, max_length) for where, row in rows]
         ids, labels, kinds = zip(*examples, strict=True)
         return cls(ids, labels, kinds)
-
-
-def _parse_json(where: str, line: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not a JSON row ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: a row must be an object like {{"prompt": ..., "reply": ...}}')
-    return row
 
 
 def _messages(where: str, row: Mapping[str, Any]) -> list[dict[str, str]]:

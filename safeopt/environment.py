@@ -32,6 +32,26 @@ def environment() -> dict[str, Any]:
     }
 
 
+def reset_peak_memory() -> None:
+    """Forget the process's peak memory where the system can (Linux); elsewhere do nothing."""
+    switch = Path("/proc/self/clear_refs")
+    if switch.exists():
+        switch.write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size in MiB, since `reset_peak_memory` or since the process started."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM"))
+        return round(int(peak.split()[1]) / 1024, 1)
+    import resource  # POSIX only
+
+    unit = 2**20 if platform.system() == "Darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

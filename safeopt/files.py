@@ -11,6 +11,33 @@ from pathlib import Path
 from typing import Any
 
 
+def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read a file of one JSON object a line, skipping empty lines.
+
+    Returns:
+        Pairs of where the object stands ("file:line") and the object.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is no JSON object; names file and line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
+    return [(where, _parse_object(where, line)) for where, line in numbered if line.strip()]
+
+
+def _parse_object(where: str, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got a {type(value).__name__}")
+    return value
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file through a temporary one, so that readers never see half of it."""
     temporary = path.with_name(f".{path.name}.tmp")

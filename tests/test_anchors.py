@@ -41,8 +41,8 @@ def test_kind_is_refuse_by_default(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ("{not json", "not a JSON row"),
-        ("[1]", "must be an object"),
+        ("{not json", "not JSON"),
+        ("[1]", "expected a JSON object, got a list"),
         ({"prompt": "p"}, 'needs a "reply"'),
         ({"prompt": "p", "reply": "  "}, 'needs a "reply"'),
         ({"reply": "r"}, 'either "prompt" or "messages"'),

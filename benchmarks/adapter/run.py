@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import safeopt.demo
-from benchmarks.collapse.tables import fill
+from benchmarks.markdown import fill
 from safeopt.demo import assets, data
 from safeopt.environment import environment
 from safeopt.evaluation import Decoding, SuiteResult, evaluate, write_transcripts

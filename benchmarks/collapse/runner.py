@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -17,7 +15,7 @@ from benchmarks.collapse.results import FOLDER, Cell, load, save
 from benchmarks.collapse.suite import RunSettings, Suite
 from benchmarks.collapse.suites import make_suite
 from benchmarks.collapse.variants import Variant
-from safeopt.environment import environment
+from safeopt.environment import environment, peak_memory_mb, reset_peak_memory
 
 _STATUS = Path("/proc/self/status")
 
@@ -65,7 +63,7 @@ def _fine_tune(
 ) -> dict[str, Any]:
     model, anchors = suite.model(), suite.anchors(cell.task)
     aligned = suite.aligned(cell.task)
-    _reset_peak_memory()
+    reset_peak_memory()
     method = METHODS[cell.method](
         Setup(model, anchors, run, variant.options, cell.seed, _earlier(cell, folder))
     )
@@ -83,7 +81,7 @@ def _fine_tune(
         "log": log.facts(),
         "anchors": len(anchors),
         "train_seconds": round(seconds, 3),
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
     }
 
 
@@ -132,18 +130,3 @@ def _earlier(cell: Cell, folder: Path) -> Earlier:
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 5) for name, value in metrics.items()}
-
-
-def _reset_peak_memory() -> None:
-    # Linux alone can reset a process's high-water mark; elsewhere it covers the whole process.
-    if _STATUS.exists():
-        _STATUS.with_name("clear_refs").write_text("5")
-
-
-def _peak_memory_mb() -> float:
-    if _STATUS.exists():
-        lines = _STATUS.read_text().splitlines()
-        peak = next(line for line in lines if line.startswith("VmHWM"))
-        return round(int(peak.split()[1]) / 1024, 1)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)

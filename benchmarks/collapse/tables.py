@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.collapse.results import FOLDER, load_all
 from benchmarks.collapse.variants import SuitePlan, Variant, read_plan
+from benchmarks.markdown import fill
 from safeopt.files import write_text
 
 README = Path(__file__).parent / "README.md"
@@ -83,21 +84,6 @@ def _machine(result: Facts) -> str:
     names = ", ".join(f"{k} {versions[k]}" for k in ("safeopt-llm", "torch", "transformers"))
     where = f"{result['processor']}, {result['torch_threads']} thread(s)"
     return f"Made on {where}; Python {result['python']}, {names}."
-
-
-def fill(text: str, parts: Mapping[str, str]) -> str:
-    """Replace what stands between ``<!-- name -->`` and ``<!-- /name -->`` for every part.
-
-    Raises:
-        ValueError: a marker is missing from the text.
-    """
-    for name, part in parts.items():
-        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise ValueError(f"the markers of {name!r} must stand once each in the README")
-        head, _, rest = text.partition(start)
-        text = f"{head}{start}{part}\n{end}{rest.partition(end)[2]}"
-    return text
 
 
 def parts_of(suite: str, folder: Path = FOLDER) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.collapse.tables import fill
+from benchmarks.markdown import fill
 from safeopt.demo import assets
 from safeopt.environment import environment
 from safeopt.evaluation import Rate, is_refusal

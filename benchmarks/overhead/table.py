@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.collapse.tables import fill
+from benchmarks.markdown import fill
 from safeopt.files import write_text
 
 README = Path(__file__).parent / "README.md"

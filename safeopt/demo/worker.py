@@ -9,8 +9,6 @@ transcripts. ``aligned`` must have run before ``safe_adamw``: it writes the anch
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 from safeopt.demo import assets, data
 from safeopt.demo.alignment import answered, refused
 from safeopt.demo.plan import ADVBENCH, METHODS, TASK, Method, Plan
-from safeopt.environment import environment
+from safeopt.environment import environment, peak_memory_mb
 from safeopt.evaluation import evaluate, judge, reply_nll, write_transcripts
 from safeopt.files import write_json, write_jsonl
 
@@ -108,12 +106,6 @@ def fine_tune(method: Method, plan: Plan, folder: Path, model: Any, tokenizer: A
         "peak_memory_mb": peak_memory_mb(),
         "train_loss": result.loss,
     }
-
-
-def peak_memory_mb() -> float:
-    """Largest resident size of this process so far, in MiB."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def work(method: Method, folder: Path, adapter: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.nn import functional
-
 from safeopt.evaluation.generation import evaluating
-from safeopt.training.data import IGNORE, Example, collate, tokenize
+from safeopt.training.data import Example, collate, tokenize
+from safeopt.training.loss import nll_sum
 
 
 def reply_nll(
@@ -46,8 +45,5 @@ def reply_nll(
 
 def _summed_nll(model: Any, examples: Sequence[Example], pad: int) -> float:
     batch = {name: value.to(model.device) for name, value in collate(examples, pad).items()}
-    labels = batch.pop("labels")[:, 1:]
-    kept = labels != IGNORE
-    # Only reply positions go through the softmax: with a large vocabulary the rest is the cost.
-    logits = model(**batch).logits[:, :-1][kept]
-    return float(functional.cross_entropy(logits.float(), labels[kept], reduction="sum"))
+    labels = batch.pop("labels")
+    return float(nll_sum(model(**batch).logits, labels))

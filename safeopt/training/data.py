@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 from safeopt.anchors import IGNORED
+from safeopt.files import read_jsonl
 
 log = logging.getLogger(__name__)
 
-IGNORE = IGNORED
 LAYOUTS = (
     '{"messages": [...]}',
     '{"prompt": ..., "completion" | "reply": ...}',
@@ -44,7 +43,7 @@ class Example:
     @property
     def targets(self) -> int:
         """Tokens that carry loss; the first token is never predicted."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -54,29 +53,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         ValueError: The file is missing or empty, or a line is not a JSON object; the message
             names file and line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the dataset {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_parse_line(line, f"{path}:{number}"))
+    rows = [{**row, "_where": where} for where, row in read_jsonl(path)]
     if not rows:
         raise ValueError(
             f"{path}: no rows; expected one JSON object a line: {' or '.join(LAYOUTS)}"
         )
     return rows
-
-
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got a {type(row).__name__}")
-    return {**row, "_where": where}
 
 
 def tokenize(
@@ -180,7 +162,7 @@ def _conversation(
     ids = _template_ids(messages, tokenizer)
     if not completion_only:
         return Example(tuple(ids), tuple(ids))
-    labels = [IGNORE] * len(ids)
+    labels = [IGNORED] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             start = len(_template_ids(messages[:turn], tokenizer, add_generation_prompt=True))
@@ -211,7 +193,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     return {
         "input_ids": torch.tensor([[*e.input_ids, *[pad_token_id] * p] for e, p in pairs]),
         "attention_mask": torch.tensor([[1] * len(e.input_ids) + [0] * p for e, p in pairs]),
-        "labels": torch.tensor([[*e.labels, *[IGNORE] * p] for e, p in pairs]),
+        "labels": torch.tensor([[*e.labels, *[IGNORED] * p] for e, p in pairs]),
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.collapse import tables, variants
 from benchmarks.collapse.results import Cell, load_all, save
 from benchmarks.collapse.variants import read_plan
+from benchmarks.markdown import fill
 
 PLAN = """
 seeds: [0, 1]
@@ -83,11 +84,11 @@ def results_in_a_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_fill_replaces_between_markers_alone() -> None:
     text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter\n"
-    filled = tables.fill(text, {"a": "new | \\1"})
+    filled = fill(text, {"a": "new | \\1"})
     assert filled == "before\n<!-- a -->\nnew | \\1\n<!-- /a -->\nafter\n"
-    assert tables.fill(filled, {"a": "new | \\1"}) == filled
+    assert fill(filled, {"a": "new | \\1"}) == filled
     with pytest.raises(ValueError, match="markers of 'b'"):
-        tables.fill(text, {"b": ""})
+        fill(text, {"b": ""})
 
 
 def test_readme_tables_are_those_of_the_committed_results() -> None:
@@ -95,4 +96,4 @@ def test_readme_tables_are_those_of_the_committed_results() -> None:
     folder = Path(variants.__file__).parent / "results"
     text = tables.README.read_text(encoding="utf-8")
     for suite in sorted(path.name for path in folder.iterdir()):
-        assert tables.fill(text, dict(tables.parts_of(suite, folder))) == text
+        assert fill(text, dict(tables.parts_of(suite, folder))) == text

@@ -202,7 +202,13 @@ def test_interrupt_stops_the_worker_too(world: World, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "safeopt", "demo", "--output", str(output)]
     command += ["--adapter", str(world.adapter)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Background jobs of a shell, and so some CI runners, start with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     try:

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from safeopt.training.data import IGNORE, BatchPlan, Example, collate, read_rows, tokenize
+from safeopt.anchors import IGNORED
+from safeopt.training.data import BatchPlan, Example, collate, read_rows, tokenize
 
 
 def target_text(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
-    return tokenizer.decode([label for label in example.labels if label != IGNORE])
+    return tokenizer.decode([label for label in example.labels if label != IGNORED])
 
 
 @pytest.mark.parametrize(
@@ -106,10 +107,10 @@ def test_missing_template_says_what_to_do(tokenizer: PreTrainedTokenizerFast) ->
 
 
 def test_collate_pads_on_the_right() -> None:
-    batch = collate([Example((1, 2, 3), (IGNORE, 2, 3)), Example((4, 5), (IGNORE, 5))], 9)
+    batch = collate([Example((1, 2, 3), (IGNORED, 2, 3)), Example((4, 5), (IGNORED, 5))], 9)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [IGNORE, 5, IGNORE]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3], [IGNORED, 5, IGNORED]]
 
 
 @given(rows=st.integers(1, 40), per_step=st.integers(1, 16), seed=st.integers(0, 2**31))
