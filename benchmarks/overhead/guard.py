@@ -48,6 +48,7 @@ class Times:
 
     forward_backward: list[float] = field(default_factory=list)
     adamw_step: list[float] = field(default_factory=list)
+    fused_adamw_step: list[float] = field(default_factory=list)
     safe_adamw_step: list[float] = field(default_factory=list)
     anchor_forward_backward: list[float] = field(default_factory=list)
     refresh: list[float] = field(default_factory=list)
@@ -55,12 +56,8 @@ class Times:
     def summary(self, refresh_every: int) -> dict[str, float]:
         """Medians in seconds, and medians of the ratios within a repeat."""
         medians = {f"{name}_s": statistics.median(values) for name, values in asdict(self).items()}
-        between = [
-            (safe - plain) / (work + plain)
-            for work, plain, safe in zip(
-                self.forward_backward, self.adamw_step, self.safe_adamw_step, strict=True
-            )
-        ]
+        between = self._added_to(self.adamw_step)
+        over_fused = self._added_to(self.fused_adamw_step)
         refresh = [
             mine / plain
             for mine, plain in zip(self.refresh, self.anchor_forward_backward, strict=True)
@@ -71,10 +68,16 @@ class Times:
         return medians | {
             "overhead_between_refreshes": statistics.median(between),
             "overhead_between_refreshes_worst": max(between),
+            "overhead_between_refreshes_over_fused": statistics.median(over_fused),
             "refresh_over_anchor_forward_backward": statistics.median(refresh),
             "refresh_over_anchor_forward_backward_worst": max(refresh),
             "overhead_with_refreshes": added / training_step,
         }
+
+    def _added_to(self, plain_step: list[float]) -> list[float]:
+        """What the guard adds to a training step, as a share of the unguarded one."""
+        turns = zip(self.forward_backward, plain_step, self.safe_adamw_step, strict=True)
+        return [(safe - plain) / (work + plain) for work, plain, safe in turns]
 
 
 def measure_times(workload: Workload, guard: Guard, settings: Settings) -> Times:
@@ -86,6 +89,7 @@ def measure_times(workload: Workload, guard: Guard, settings: Settings) -> Times
     device = torch.device(settings.device)
     model = workload.model
     plain = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
+    fused = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
     safe = SafeAdamW(model.named_parameters(), lr=settings.lr, weight_decay=0.0, guard=guard)
     times = Times()
     for repeat in range(settings.repeats + 1):
@@ -94,8 +98,12 @@ def measure_times(workload: Workload, guard: Guard, settings: Settings) -> Times
         turn.anchor_forward_backward.append(seconds(workload.anchor_forward_backward, device))
         turn.forward_backward.append(seconds(workload.train_forward_backward, device))
         safe.step()  # the step after a refresh may carry a retraction: not the one that is timed
-        both = [(turn.adamw_step, plain), (turn.safe_adamw_step, safe)]
-        for record, optimizer in both if repeat % 2 else reversed(both):
+        timed: list[tuple[list[float], torch.optim.Optimizer]] = [
+            (turn.adamw_step, plain),
+            (turn.fused_adamw_step, fused),
+            (turn.safe_adamw_step, safe),
+        ]
+        for record, optimizer in timed if repeat % 2 else reversed(timed):
             record.append(seconds(optimizer.step, device))
         if repeat:  # the first turn warms up
             for name, values in asdict(turn).items():

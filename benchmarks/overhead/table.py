@@ -25,10 +25,18 @@ def time_table(result: Facts) -> str:
     rows = [
         ("forward-backward of the training batch", f"{summary['forward_backward_s']:.2f} s"),
         ("AdamW step", f"{summary['adamw_step_s']:.3f} s"),
-        ("SafeAdamW step between refreshes", f"{summary['safe_adamw_step_s']:.3f} s"),
+        ("AdamW step, fused=True", f"{summary['fused_adamw_step_s']:.3f} s"),
+        (
+            "SafeAdamW step between refreshes (its AdamW is fused)",
+            f"{summary['safe_adamw_step_s']:.3f} s",
+        ),
         (
             "**added between refreshes, share of the AdamW training step**",
             _percent(summary["overhead_between_refreshes"]),
+        ),
+        (
+            "the same with fused=True",
+            _percent(summary["overhead_between_refreshes_over_fused"]),
         ),
         ("forward-backward of the anchors", f"{summary['anchor_forward_backward_s']:.2f} s"),
         ("refresh", f"{summary['refresh_s']:.2f} s"),
