@@ -14,6 +14,7 @@ from benchmarks.markdown import fill
 from safeopt.files import write_text
 
 README = Path(__file__).parent / "README.md"
+FRONT_PAGE = Path(__file__).parents[2] / "README.md"
 
 Facts = Mapping[str, Any]
 
@@ -95,9 +96,12 @@ def parts_of(suite: str, folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
 
 
 def write_readme(suite: str) -> None:
-    """Rewrite one suite's tables in the README."""
-    text = README.read_text(encoding="utf-8")
-    write_text(README, fill(text, dict(parts_of(suite))))
+    """Rewrite one suite's tables in the README, and the front page's table where it has one."""
+    parts = dict(parts_of(suite))
+    write_text(README, fill(README.read_text(encoding="utf-8"), parts))
+    front = FRONT_PAGE.read_text(encoding="utf-8")
+    if f"<!-- {suite} -->" in front:
+        write_text(FRONT_PAGE, fill(front, {suite: parts[f"{suite}-methods"]}))
 
 
 if __name__ == "__main__":
