@@ -35,6 +35,16 @@ from safeopt.sampling import AnchorSampler
 Reference = Literal["nll", "kl"]
 Uncovered = Literal["error", "ignore", "freeze"]
 
+_POSITIVE_SETTINGS = (
+    "refresh_every",
+    "anchors_per_refresh",
+    "rank",
+    "compression_rank",
+    "damping",
+    "eigenvalue_floor",
+    "step_limit",
+)
+
 
 class Guard:
     """Keeps every optimizer step on the anchors' level set.
@@ -106,21 +116,6 @@ class Guard:
         uncovered: Uncovered = "error",
         seed: int = 0,
     ) -> None:
-        _check_positive(
-            refresh_every=refresh_every,
-            anchors_per_refresh=anchors_per_refresh,
-            rank=rank,
-            compression_rank=compression_rank,
-            damping=damping,
-            eigenvalue_floor=eigenvalue_floor,
-            step_limit=step_limit,
-        )
-        if retraction_cap < 0 or not math.isfinite(budget):
-            raise ValueError(
-                f"retraction_cap must be >= 0 and budget finite, got {retraction_cap}, {budget}"
-            )
-        if reference not in ("nll", "kl"):
-            raise ValueError(f'reference must be "nll" or "kl", got {reference!r}')
         self.model = unwrapped(model)
         self.anchors = anchors
         self.budget = budget
@@ -136,7 +131,8 @@ class Guard:
         self.retraction = retraction
         self.transport = transport
         self.reference = reference
-        self._chunk = anchors_per_refresh
+        self.anchors_per_refresh = anchors_per_refresh
+        self._check_settings()
         self._sampler = AnchorSampler(anchors.kinds, anchors_per_refresh, seed)
         check_fits(self.model, anchors)
         self._cover(uncovered)
@@ -154,6 +150,19 @@ class Guard:
         self._metrics: dict[str, float] = {}
 
     # -- construction ----------------------------------------------------------------------
+
+    def _check_settings(self) -> None:
+        for name in _POSITIVE_SETTINGS:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be greater than 0, got {value}")
+        if self.retraction_cap < 0 or not math.isfinite(self.budget):
+            raise ValueError(
+                f"retraction_cap must be >= 0 and budget finite, got {self.retraction_cap}, "
+                f"{self.budget}"
+            )
+        if self.reference not in ("nll", "kl"):
+            raise ValueError(f'reference must be "nll" or "kl", got {self.reference!r}')
 
     def _cover(self, uncovered: Uncovered) -> None:
         if not trainable_names(self.model):
@@ -174,8 +183,8 @@ class Guard:
     def _calibrate(self) -> Tensor:
         """Measure tau_i = l_i(theta*) + budget, and the reply distributions for "kl"."""
         losses = [torch.zeros(0)]
-        for start in range(0, len(self.anchors), self._chunk):
-            indices = range(start, min(start + self._chunk, len(self.anchors)))
+        for start in range(0, len(self.anchors), self.anchors_per_refresh):
+            indices = range(start, min(start + self.anchors_per_refresh, len(self.anchors)))
             batch = self._batch(list(indices))
             with undisturbed(self.model), torch.no_grad():
                 logits = logits_of(self.model, batch)
@@ -384,9 +393,3 @@ class Guard:
         start = time.perf_counter()
         yield
         self._metrics[key] = 1e3 * (time.perf_counter() - start)
-
-
-def _check_positive(**settings: float | None) -> None:
-    for name, value in settings.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be greater than 0, got {value}")
