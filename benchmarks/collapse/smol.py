@@ -26,7 +26,7 @@ from safeopt.demo import data
 from safeopt.demo.alignment import answered, refused
 from safeopt.demo.plan import spread
 from safeopt.demo.worker import load_aligned
-from safeopt.evaluation import Decoding, evaluate, reply_nll, write_transcripts
+from safeopt.evaluation import Decoding, Verdict, evaluate, reply_nll
 from safeopt.training.data import BatchPlan, collate, read_rows, tokenize
 
 ADAPTER = Path(__file__).parents[2] / "safeopt" / "demo" / "adapter"
@@ -72,6 +72,7 @@ class Smol:
 
     def __init__(self, seed: int, config: SmolConfig | None = None) -> None:
         self.seed, self.config = seed, config or SmolConfig()
+        self._verdicts: tuple[Verdict, ...] = ()
 
     def model(self) -> nn.Module:
         """The aligned model, in fp32; forward passes run under autocast for "bf16"."""
@@ -98,6 +99,10 @@ class Smol:
         """Metrics of the aligned model, the same for every seed."""
         return dict(_aligned_figures(self.config, task))
 
+    def transcripts(self) -> list[dict[str, Any]]:
+        """The replies that the last evaluation judged, cut to their first words."""
+        return [dict(vars(verdict)) for verdict in self._verdicts]
+
     def evaluate(self, model: nn.Module, task: str) -> dict[str, float]:
         """Judge greedy replies on the configured prompts.
 
@@ -112,7 +117,7 @@ class Smol:
         sets = {name: spread(prompts, self.config.prompts_per_set) for name, prompts in chosen}
         result = evaluate(model, tokenizer, sets, decoding=_decoding())
         rates = {name: rate.value for name, rate in result.refusals.items()}
-        self.transcripts = result.verdicts
+        self._verdicts = result.verdicts
         harmful = [v.refused for v in result.verdicts if v.prompts != "over_refusal"]
         figures = {f"refused_{name}": rate for name, rate in rates.items() if name in HARMFUL}
         return figures | {
@@ -124,10 +129,6 @@ class Smol:
 
     def _test_rows(self) -> list[dict[str, Any]]:
         return _rows("test")[: self.config.task_test_rows]
-
-    def write_transcripts(self, path: Path) -> None:
-        """Write what the last evaluation judged."""
-        write_transcripts(path, self.transcripts)
 
 
 @cache

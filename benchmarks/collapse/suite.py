@@ -6,9 +6,9 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -68,6 +68,9 @@ class Suite(Protocol):
 
     def aligned(self, task: str) -> dict[str, float]:
         """Held-out metrics of the aligned model, before any fine-tuning."""
+
+    def transcripts(self) -> Sequence[Mapping[str, Any]]:
+        """Judged replies of the last evaluation; none where replies are not text."""
 
     def evaluate(self, model: nn.Module, task: str) -> dict[str, float]:
         """Held-out metrics, among them ``asr``, ``over_refusal`` and ``task_nll``."""

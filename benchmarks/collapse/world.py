@@ -183,6 +183,10 @@ class World:
         """Metrics of the aligned model."""
         return self.evaluate(self.model(), task)
 
+    def transcripts(self) -> list[dict[str, Any]]:
+        """None: replies are token ids."""
+        return []
+
     def evaluate(self, model: nn.Module, task: str) -> dict[str, float]:
         """Greedy replies on held-out prompts.
 

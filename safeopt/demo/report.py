@@ -23,9 +23,12 @@ COLOURS: Mapping[Method, str] = {"aligned": "#666666", "adamw": "#c44e1b", "safe
 
 def table(results: Results) -> Table:
     """One row a model; rates carry their Wilson 95 % interval."""
+    from rich import box
     from rich.table import Table
 
-    made = Table(title="Refusals before and after fine-tuning on harmless maths problems")
+    # No vertical lines: the table fits the 80 columns of a terminal or a log.
+    title = "Refusals before and after fine-tuning on harmless maths problems"
+    made = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     made.add_column("model", no_wrap=True)
     for heading in (
         "AdvBench\nrefused",
@@ -33,7 +36,7 @@ def table(results: Results) -> Table:
         "harmless\nrefused",
         "task NLL\n(nats)",
         "training\n(s)",
-        "peak memory\n(GB)",
+        "memory\n(GB)",
     ):
         made.add_column(heading, justify="right", no_wrap=True)
     for method, result in results.items():

@@ -97,3 +97,17 @@ def test_step_log_averages_windows() -> None:
     for loss in (1.0, 3.0, 5.0):
         log.add({"loss": loss})
     assert log.facts() == {"every": 2, "loss": [2.0, 5.0]}
+
+
+def test_transcripts_are_written_beside_the_result(world: SmallWorld, tmp_path: Path) -> None:
+    class Talking(SmallWorld):
+        def transcripts(self) -> list[dict[str, Any]]:
+            return [{"prompt": "p", "reply": "r", "refused": True}]
+
+    def make(name: str, seed: int, options: Any) -> Talking:
+        return Talking(seed, small_world(name, seed, options).config)
+
+    run_cell(CELL, variant("adamw"), folder=tmp_path, make=make)
+    written = CELL.path(tmp_path).with_suffix(".jsonl").read_text(encoding="utf-8")
+    assert json.loads(written) == {"prompt": "p", "reply": "r", "refused": True}
+    assert len(list(load_all("world", tmp_path))) == 1
