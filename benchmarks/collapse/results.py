@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safeopt.files import write_json
+from safeopt.files import write_json, write_jsonl
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -50,3 +50,11 @@ def save(cell: Cell, facts: Mapping[str, Any], folder: Path = FOLDER) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, facts)
     return path
+
+
+def save_transcripts(cell: Cell, rows: Sequence[Mapping[str, Any]], folder: Path = FOLDER) -> None:
+    """Write the judged replies beside the result, one a line; nothing when there are none."""
+    if rows:
+        path = cell.path(folder).with_suffix(".jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, rows)

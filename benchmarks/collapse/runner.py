@@ -11,12 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.collapse.methods import METHODS, Earlier, Setup
-from benchmarks.collapse.results import FOLDER, Cell, load, save
+from benchmarks.collapse.results import FOLDER, Cell, load, save, save_transcripts
 from benchmarks.collapse.suite import RunSettings, Suite
 from benchmarks.collapse.suites import make_suite
 from benchmarks.collapse.variants import Variant
 from safeopt.environment import environment, peak_memory_mb, reset_peak_memory
-from safeopt.files import write_jsonl
 
 _STATUS = Path("/proc/self/status")
 
@@ -75,8 +74,7 @@ def _fine_tune(
         seconds += time.perf_counter() - start
         if number % run.evaluate_every == 0 or number == run.steps:
             evaluations.append({"step": number} | _rounded(suite.evaluate(model, cell.task)))
-    if rows := suite.transcripts():
-        write_jsonl(cell.path(folder).with_suffix(".jsonl"), rows)
+    save_transcripts(cell, suite.transcripts(), folder)
     return {
         "aligned": _rounded(aligned),
         "final": evaluations[-1],
