@@ -11,15 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from safeopt.anchors import AnchorBatch, Anchors, check_fits
-from safeopt.geometry.capture import AnchorLoss, check_finite, logits_of
-from safeopt.geometry.coverage import (
-    device_of,
-    find_coverage,
-    freeze,
-    trainable_names,
-    unwrapped,
-)
+from safeopt.anchors import Anchors, check_fits
+from safeopt.calibration import Calibration, Reference
+from safeopt.geometry.coverage import find_coverage, freeze, trainable_names, unwrapped
 from safeopt.geometry.gradient_sketch import GradientSketch
 from safeopt.geometry.moves import (
     Eigenbasis,
@@ -28,11 +22,8 @@ from safeopt.geometry.moves import (
     next_brake,
     retraction_weights,
 )
-from safeopt.isolation import undisturbed
-from safeopt.losses import ReplyDistribution, reply_distributions, reply_kl, reply_nll
 from safeopt.sampling import AnchorSampler
 
-Reference = Literal["nll", "kl"]
 Uncovered = Literal["error", "ignore", "freeze"]
 
 _POSITIVE_SETTINGS = (
@@ -130,14 +121,12 @@ class Guard:
         self.tangent = tangent
         self.retraction = retraction
         self.transport = transport
-        self.reference = reference
         self.anchors_per_refresh = anchors_per_refresh
         self._check_settings()
         self._sampler = AnchorSampler(anchors.kinds, anchors_per_refresh, seed)
         check_fits(self.model, anchors)
         self._cover(uncovered)
-        self._aligned: list[ReplyDistribution] = []
-        self.thresholds = self._calibrate()
+        self._calibration = Calibration(self.model, anchors, budget, reference, anchors_per_refresh)
 
         self.sketch: GradientSketch | None = None
         self.violation = torch.zeros(0)
@@ -161,8 +150,6 @@ class Guard:
                 f"retraction_cap must be >= 0 and budget finite, got {self.retraction_cap}, "
                 f"{self.budget}"
             )
-        if self.reference not in ("nll", "kl"):
-            raise ValueError(f'reference must be "nll" or "kl", got {self.reference!r}')
 
     def _cover(self, uncovered: Uncovered) -> None:
         if not trainable_names(self.model):
@@ -180,30 +167,6 @@ class Guard:
                 "them unguarded"
             )
 
-    def _calibrate(self) -> Tensor:
-        """Measure tau_i = l_i(theta*) + budget, and the reply distributions for "kl"."""
-        losses = [torch.zeros(0)]
-        for start in range(0, len(self.anchors), self.anchors_per_refresh):
-            indices = range(start, min(start + self.anchors_per_refresh, len(self.anchors)))
-            batch = self._batch(list(indices))
-            with undisturbed(self.model), torch.no_grad():
-                logits = logits_of(self.model, batch)
-                if self.reference == "kl":
-                    self._aligned += reply_distributions(logits, batch.labels)
-                losses.append(self._loss(list(indices))(logits, batch.labels).cpu())
-        measured = torch.cat(losses)
-        check_finite(measured)
-        return measured + self.budget
-
-    def _batch(self, indices: list[int]) -> AnchorBatch:
-        return self.anchors.batch(indices).to(device_of(self.model))
-
-    def _loss(self, indices: list[int]) -> AnchorLoss:
-        if self.reference == "nll":
-            return reply_nll
-        aligned = [self._aligned[i] for i in indices]
-        return lambda logits, labels: reply_kl(logits, labels, aligned)
-
     # -- refresh ---------------------------------------------------------------------------
 
     def refresh(self, names: frozenset[str] | None = None) -> None:
@@ -219,7 +182,7 @@ class Guard:
             if self.transport or self.sketch is None:
                 self._measure_sketch(names)
             else:
-                self._measure_losses()
+                self._record_losses(self._calibration.measure(self._anchor_indices))
         self._age = 0
 
     def _measure_sketch(self, names: frozenset[str] | None) -> None:
@@ -227,8 +190,8 @@ class Guard:
         sketch = GradientSketch.measure(
             self.model,
             find_coverage(self.model, names),
-            self._batch(indices),
-            self._loss(indices),
+            self._calibration.batch(indices),
+            self._calibration.loss(indices),
             compression_rank=self.compression_rank,
         )
         gram = sketch.gram()
@@ -236,21 +199,17 @@ class Guard:
         self.sketch, self._gram, self._anchor_indices = sketch, gram, indices
         self._record_losses(sketch.losses)
 
-    def _measure_losses(self) -> None:
-        batch = self._batch(self._anchor_indices)
-        with undisturbed(self.model), torch.no_grad():
-            logits = logits_of(self.model, batch)
-            losses = self._loss(self._anchor_indices)(logits, batch.labels)
-        check_finite(losses)
-        self._record_losses(losses)
-
     def _record_losses(self, losses: Tensor) -> None:
-        thresholds = self.thresholds[self._anchor_indices].to(losses)
-        self.violation = (losses - thresholds).clamp(min=0).double()
+        self.violation = self._calibration.violation(losses, self._anchor_indices)
         self._metrics["safety/anchor_loss"] = float(losses.mean())
         self._metrics["safety/violation"] = float(self.violation.mean())
         if self.step_limit is not None:
             self.brake = next_brake(self.brake, float(self.violation.mean()), self.step_limit)
+
+    @property
+    def thresholds(self) -> Tensor:
+        """tau_i = l_i(theta*) + budget, nats per token, one per anchor."""
+        return self._calibration.thresholds
 
     # -- what an optimizer asks during a step ----------------------------------------------
 
@@ -346,12 +305,8 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-exact resume needs: thresholds, schedule, sketch."""
         sketch = {} if self.sketch is None else self.sketch.state_dict()
-        aligned = {
-            str(i): {"tokens": a.tokens, "log_probs": a.log_probs}
-            for i, a in enumerate(self._aligned)
-        }
         return {
-            "thresholds": self.thresholds.clone(),
+            "calibration": self._calibration.state_dict(),
             "age": self._age,
             "longest_step": self._longest_step,
             "brake": self.brake,
@@ -359,7 +314,6 @@ class Guard:
             "sampler": self._sampler.state_dict(),
             "anchor_indices": torch.tensor(self._anchor_indices, dtype=torch.int64),
             "violation": self.violation,
-            "aligned": aligned,
             "sketch": sketch,
         }
 
@@ -369,17 +323,9 @@ class Guard:
         Raises:
             ValueError: the state belongs to another number of anchors.
         """
-        if len(state["thresholds"]) != len(self.anchors):
-            raise ValueError(
-                f"this guard state was made with {len(state['thresholds'])} anchors, the guard "
-                f"has {len(self.anchors)}; build it from the same anchors file"
-            )
-        self.thresholds = state["thresholds"].clone()
+        self._calibration.load_state_dict(state["calibration"])
         self._sampler.load_state_dict(state["sampler"])
         self._anchor_indices = state["anchor_indices"].tolist()
-        self._aligned = [
-            ReplyDistribution(a["tokens"], a["log_probs"]) for a in state["aligned"].values()
-        ]
         self.violation, self._age = state["violation"], state["age"]
         self._longest_step, self.brake = state["longest_step"], state["brake"]
         self._metrics = dict(state["metrics"])

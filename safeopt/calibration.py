@@ -1,0 +1,103 @@
+"""Calibration: what the anchor losses were at the aligned model, and how far they may rise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from safeopt.anchors import AnchorBatch, Anchors
+from safeopt.geometry.capture import AnchorLoss, check_finite, logits_of
+from safeopt.geometry.coverage import device_of
+from safeopt.isolation import undisturbed
+from safeopt.losses import ReplyDistribution, reply_distributions, reply_kl, reply_nll
+
+Reference = Literal["nll", "kl"]
+
+
+class Calibration:
+    """Anchor losses l_i of a model and their thresholds tau_i = l_i(theta*) + budget.
+
+    Args:
+        model: the aligned model, unwrapped; measured at once.
+        anchors: the anchors.
+        budget: nats per token.
+        reference: anchor loss, "nll" of the reply or "kl" from the aligned model on it.
+        at_once: anchors in one forward pass.
+
+    Raises:
+        ValueError: ``reference`` is neither.
+        FloatingPointError: an anchor loss is not finite.
+    """
+
+    def __init__(
+        self, model: nn.Module, anchors: Anchors, budget: float, reference: Reference, at_once: int
+    ) -> None:
+        if reference not in ("nll", "kl"):
+            raise ValueError(f'reference must be "nll" or "kl", got {reference!r}')
+        self._model = model
+        self._anchors = anchors
+        self._reference = reference
+        self._aligned: list[ReplyDistribution] = []
+        indices = range(len(anchors))
+        if reference == "kl":
+            for start in indices[::at_once]:
+                batch = self.batch(indices[start : start + at_once])
+                with undisturbed(model), torch.no_grad():
+                    self._aligned += reply_distributions(logits_of(model, batch), batch.labels)
+        losses = [self.measure(indices[start : start + at_once]) for start in indices[::at_once]]
+        self.thresholds = torch.cat(losses).cpu() + budget
+
+    def batch(self, indices: Sequence[int]) -> AnchorBatch:
+        """The anchors at ``indices``, padded together, on the model's device."""
+        return self._anchors.batch(list(indices)).to(device_of(self._model))
+
+    def loss(self, indices: Sequence[int]) -> AnchorLoss:
+        """The anchor loss for exactly these anchors: logits and labels to losses (N,)."""
+        if self._reference == "nll":
+            return reply_nll
+        aligned = [self._aligned[i] for i in indices]
+        return lambda logits, labels: reply_kl(logits, labels, aligned)
+
+    def measure(self, indices: Sequence[int]) -> Tensor:
+        """Losses of these anchors at the present weights, (N,), forward only.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        batch = self.batch(indices)
+        with undisturbed(self._model), torch.no_grad():
+            losses = self.loss(indices)(logits_of(self._model, batch), batch.labels)
+        check_finite(losses)
+        return losses
+
+    def violation(self, losses: Tensor, indices: Sequence[int]) -> Tensor:
+        """r_i = max(0, l_i - tau_i) in nats, (N,), float64."""
+        thresholds = self.thresholds[list(indices)].to(losses)
+        return (losses - thresholds).clamp(min=0).double()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Thresholds and, for "kl", the aligned model's reply distributions."""
+        aligned = {
+            str(i): {"tokens": a.tokens, "log_probs": a.log_probs}
+            for i, a in enumerate(self._aligned)
+        }
+        return {"thresholds": self.thresholds.clone(), "aligned": aligned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` holds; the anchors must be the same.
+
+        Raises:
+            ValueError: the state belongs to another number of anchors.
+        """
+        if len(state["thresholds"]) != len(self._anchors):
+            raise ValueError(
+                f"this guard state was made with {len(state['thresholds'])} anchors, the guard "
+                f"has {len(self._anchors)}; build it from the same anchors file"
+            )
+        self.thresholds = state["thresholds"].clone()
+        self._aligned = [
+            ReplyDistribution(a["tokens"], a["log_probs"]) for a in state["aligned"].values()
+        ]
