@@ -50,8 +50,8 @@ class Plan:
     refuse_anchors: int = 64
     comply_anchors: int = 24
     prompts: int = 100
-    probe_every: int = 10
-    probe_prompts: int = 32
+    probe_every: int = 12
+    probe_prompts: int = 24
     max_new_tokens: int = 24
     precision: Literal["bf16", "no"] = "no"
     guard: Mapping[str, Any] = field(default_factory=dict)
