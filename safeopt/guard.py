@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from safeopt.anchors import Anchors, check_fits
 from safeopt.calibration import Calibration, Reference
+from safeopt.correction import LevelSetCorrection, Momentum
 from safeopt.geometry.coverage import find_coverage, freeze, trainable_names, unwrapped
 from safeopt.geometry.gradient_sketch import GradientSketch
 from safeopt.geometry.moves import (
@@ -229,6 +230,11 @@ class Guard:
             return True
         # A LoRA adapter's first sketch is blind to lora_A, whose gradient is zero at the start.
         return self.transport and self._age == 1 and self.sketch.has_silent_blocks()
+
+    def correction(self, momentum: Momentum) -> LevelSetCorrection:
+        """Begin the tangent and retraction moves of one step."""
+        assert self.sketch is not None
+        return LevelSetCorrection(self, self.sketch, momentum)
 
     def tangent_weights(self, coefficients: Tensor) -> Tensor:
         """Return a of the tangent move s - G^T a for c = G s, (N,); zero when switched off."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from safeopt.guard import Guard
+from safeopt.correction import StepGuard
 from safeopt.optim.reference import guarded_step, named_parameters
 
 # torch wraps ``step`` of every class it instantiates so that step hooks fire; calling the wrapped
@@ -64,7 +64,7 @@ class SafeAdamW(torch.optim.AdamW):
         >>> optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=2e-5, guard=guard)
     """
 
-    guard: Guard | None = None  # unpickled and copied optimizers come without one
+    guard: StepGuard | None = None  # unpickled and copied optimizers come without one
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class SafeAdamW(torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        guard: Guard | None = None,
+        guard: StepGuard | None = None,
     ) -> None:
         super().__init__(
             params,

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safeopt.geometry.gradient_sketch import GradientSketch
-from safeopt.geometry.moves import Retraction
-from safeopt.guard import Guard
+from safeopt.correction import StepGuard
 
 BaseStep = Callable[[Optimizer], Any]
 
@@ -22,28 +18,13 @@ _CHUNK_ELEMENTS = 1 << 20
 _MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
 
 
-@dataclass
-class Proposal:
-    """What the base optimizer proposes, seen through the sketch.
-
-    Attributes:
-        coefficients: c = G s, (N,), float64.
-        squared_norm: ||s||^2.
-        seconds: time spent looking.
-    """
-
-    coefficients: Tensor
-    squared_norm: float = 0.0
-    seconds: float = 0.0
-
-
-def guarded_step(optimizer: Optimizer, guard: Guard, base_step: BaseStep) -> None:
+def guarded_step(optimizer: Optimizer, guard: StepGuard, base_step: BaseStep) -> None:
     """Take one step of ``base_step`` that stays on the guard's level set.
 
     The base optimizer moves a few parameters at a time, so that the memory beyond it is about a
     copy of the largest parameter, and the displacement s is what was really stored:
-    preconditioning, learning rate and weight decay included. Then the weights lose G^T a,
-    tangent and retraction in one pass.
+    preconditioning, learning rate and weight decay included. The guard's correction sees each
+    displacement and then writes what it takes out or adds.
 
     Args:
         optimizer: the optimizer whose parameters move.
@@ -58,18 +39,13 @@ def guarded_step(optimizer: Optimizer, guard: Guard, base_step: BaseStep) -> Non
     parameters = named_parameters(optimizer, guard)
     check_gradients(parameters)
     guard.refresh_if_due(frozenset(parameters))
-    sketch = guard.sketch
-    assert sketch is not None
-    proposal = Proposal(torch.zeros_like(guard.violation))
+    correction = guard.correction(lambda: momentum_of(optimizer, parameters))
     for name, displacement in displacements(optimizer, parameters, base_step, guard.brake):
-        observe(proposal, sketch, name, displacement)
-    start = time.perf_counter()
-    metrics = _correct(optimizer, guard, sketch, parameters, proposal)
-    elapsed = proposal.seconds + time.perf_counter() - start
-    guard.record_step(proposal.squared_norm**0.5, metrics | {"safety/step_ms": 1e3 * elapsed})
+        correction.observe(name, parameters[name].detach(), displacement)
+    correction.finish(parameters)
 
 
-def named_parameters(optimizer: Optimizer, guard: Guard) -> dict[str, Tensor]:
+def named_parameters(optimizer: Optimizer, guard: StepGuard) -> dict[str, Tensor]:
     """The optimizer's parameters by their name in the guard's model.
 
     Raises:
@@ -151,56 +127,6 @@ def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         chunk.append(p)
     if chunk:
         yield chunk
-
-
-def observe(proposal: Proposal, sketch: GradientSketch, name: str, displacement: Tensor) -> None:
-    """Add one parameter's displacement to c = G s and to ||s||^2."""
-    start = time.perf_counter()
-    proposal.coefficients += sketch.coefficients({name: displacement})
-    norm = torch.linalg.vector_norm(displacement, dtype=torch.float32)
-    proposal.squared_norm += float(norm) ** 2
-    proposal.seconds += time.perf_counter() - start
-
-
-def _correct(
-    optimizer: Optimizer,
-    guard: Guard,
-    sketch: GradientSketch,
-    parameters: dict[str, Tensor],
-    proposal: Proposal,
-) -> dict[str, float]:
-    """Write tangent and retraction to the weights; return the step's figures."""
-    tangent = guard.tangent_weights(proposal.coefficients)
-    removed = float(tangent @ proposal.coefficients)  # ||G^T a||^2, since G^T a projects s
-    remaining = max(0.0, proposal.squared_norm - removed) ** 0.5
-    is_fresh = guard.basis_age == 0
-    momentum = momentum_of(optimizer, parameters) if guard.wants_retraction() else {}
-    along = sketch.coefficients(momentum)
-    if guard.wants_retraction():
-        norm = sum(float(m.norm()) ** 2 for m in momentum.values()) ** 0.5
-        retraction = guard.retraction_for(remaining, along if momentum else None, norm)
-    else:
-        retraction = Retraction(torch.zeros_like(tangent), 0.0, 0.0)
-    weights = tangent + retraction.weights
-    stored = proposal.coefficients.clone()
-    for name, p in parameters.items():
-        before = p.detach().clone() if is_fresh else None
-        sketch.subtract_({name: p.detach()}, weights)
-        if name in momentum and retraction.along:
-            p.detach().add_(momentum[name].to(p), alpha=retraction.along)
-        if before is not None:
-            stored += sketch.coefficients({name: p.detach() - before})
-    metrics = {
-        "safety/removed_fraction": _ratio(removed**0.5, proposal.squared_norm**0.5),
-        "safety/retraction_ratio": _ratio(retraction.norm, proposal.squared_norm**0.5),
-    }
-    if is_fresh:
-        metrics["safety/leak"] = _ratio(guard.leak_of(stored, retraction, along), remaining)
-    return metrics
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
 
 
 def momentum_of(optimizer: Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
