@@ -84,7 +84,8 @@ class LevelSetCorrection:
         del parameter
         start = time.perf_counter()
         self._coefficients += self._sketch.coefficients({name: displacement})
-        norm = torch.linalg.vector_norm(displacement, dtype=torch.float32)
+        wide = torch.promote_types(displacement.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(displacement, dtype=wide)
         self._squared_norm += float(norm) ** 2
         self._seconds += time.perf_counter() - start
 

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from safeopt.anchors import Anchors, check_fits
 from safeopt.calibration import Calibration, Reference
 from safeopt.correction import LevelSetCorrection, Momentum
-from safeopt.geometry.coverage import find_coverage, freeze, trainable_names, unwrapped
+from safeopt.geometry.coverage import (
+    Coverage,
+    find_coverage,
+    freeze,
+    trainable_names,
+    unwrapped,
+)
 from safeopt.geometry.gradient_sketch import GradientSketch
 from safeopt.geometry.moves import (
     Eigenbasis,
@@ -23,6 +29,7 @@ from safeopt.geometry.moves import (
     next_brake,
     retraction_weights,
 )
+from safeopt.layouts import refuse_flattened
 from safeopt.sampling import AnchorSampler
 
 Uncovered = Literal["error", "ignore", "freeze"]
@@ -126,6 +133,7 @@ class Guard:
         self._check_settings()
         self._sampler = AnchorSampler(anchors.kinds, anchors_per_refresh, seed)
         check_fits(self.model, anchors)
+        self._may_ignore = uncovered == "ignore"
         self._cover(uncovered)
         self._calibration = Calibration(self.model, anchors, budget, reference, anchors_per_refresh)
 
@@ -158,15 +166,21 @@ class Guard:
                 "no parameter of the model requires a gradient: there is nothing to guard; "
                 "unfreeze what you want to train before building the guard"
             )
-        missing = find_coverage(self.model).uncovered
-        if missing and uncovered == "freeze":
-            freeze(self.model, missing)
-        elif missing and uncovered != "ignore":
+        if uncovered == "freeze":
+            freeze(self.model, find_coverage(self.model).uncovered)
+        self._coverage()
+
+    def _coverage(self, names: frozenset[str] | None = None) -> Coverage:
+        """The rules for what trains now: adapters and wrappers may have come after the guard."""
+        refuse_flattened(self.model)
+        coverage = find_coverage(self.model, names)
+        if coverage.uncovered and not self._may_ignore:
             raise ValueError(
-                f"no rule covers the trainable parameters {list(missing)}; pass "
+                f"no rule covers the trainable parameters {list(coverage.uncovered)}; pass "
                 "uncovered='freeze' to stop them from training or uncovered='ignore' to train "
                 "them unguarded"
             )
+        return coverage
 
     # -- refresh ---------------------------------------------------------------------------
 
@@ -190,7 +204,7 @@ class Guard:
         indices = self._sampler.draw()
         sketch = GradientSketch.measure(
             self.model,
-            find_coverage(self.model, names),
+            self._coverage(names),
             self._calibration.batch(indices),
             self._calibration.loss(indices),
             compression_rank=self.compression_rank,

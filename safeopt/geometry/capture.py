@@ -24,15 +24,13 @@ class Call:
 
     Attributes:
         inputs: what the module was given, detached.
-        keywords: keyword arguments it was given.
+        keywords: keyword arguments it was given, detached.
         edge: where the gradient of its output arrives.
-        shape: shape of its output.
     """
 
     inputs: tuple[Any, ...]
     keywords: dict[str, Any]
     edge: GradientEdge
-    shape: torch.Size
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,12 @@ class _Recorder:
                 "tensor; freeze them or pass uncovered='ignore'"
             )
         if output.requires_grad:  # the edge, unlike the tensor, survives in-place writes
-            detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-            self.calls.append(Call(detached, keywords, get_gradient_edge(output), output.shape))
+            named = {name: _detached(x) for name, x in keywords.items()}
+            self.calls.append(Call(tuple(map(_detached, inputs)), named, get_gradient_edge(output)))
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def logits_of(model: nn.Module, batch: AnchorBatch) -> Tensor:
@@ -128,8 +130,9 @@ def capture(
         for handle in handles:
             handle.remove()
     check_finite(losses)
-    _check_batch_dimension(sites, recorders, len(batch))
-    return losses.detach(), _output_gradients(total, recorders)
+    calls = _output_gradients(total, recorders)
+    _check_batch_dimension(sites, calls, len(batch))
+    return losses.detach(), calls
 
 
 def check_finite(losses: Tensor) -> None:
@@ -142,15 +145,21 @@ def check_finite(losses: Tensor) -> None:
         )
 
 
-def _check_batch_dimension(sites: tuple[Site, ...], recorders: list[_Recorder], count: int) -> None:
-    for site, recorder in zip(sites, recorders, strict=True):
-        for call in recorder.calls:
-            if call.shape[0] != count:
+def _check_batch_dimension(
+    sites: tuple[Site, ...], calls: list[list[CapturedCall]], count: int
+) -> None:
+    """Raise if an output's first dimension is not the anchors'.
+
+    Calls without a gradient do not count: DoRA, for one, runs its adapter on an identity matrix.
+    """
+    for site, site_calls in zip(sites, calls, strict=True):
+        for call in site_calls:
+            if call.gradient.shape[0] != count:
                 raise TypeError(
                     f"module {site.name!r} ({type(site.module).__name__}) returned shape "
-                    f"{tuple(call.shape)} for {count} anchors, so their gradients cannot be told "
-                    f"apart; freeze {sorted(site.parameters.values())} or use another attention "
-                    "or expert implementation"
+                    f"{tuple(call.gradient.shape)} for {count} anchors, so their gradients cannot "
+                    f"be told apart; freeze {sorted(site.parameters.values())} or use another "
+                    "attention or expert implementation"
                 )
 
 

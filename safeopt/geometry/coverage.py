@@ -81,6 +81,8 @@ def _rule(module: nn.Module) -> Rule | None:
         return "conv1d"
     if isinstance(module, nn.Embedding):
         return None if module.max_norm is not None or module.scale_grad_by_freq else "embedding"
+    if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
+        return None  # never called, so nothing could be recorded: adapters on embeddings, IA3
     is_leaf = next(module.children(), None) is None
     sizes = [p.numel() for p in module.parameters(recurse=False)]
     return "small" if is_leaf and max(sizes) <= SMALL_PARAMETER else None

@@ -210,23 +210,24 @@ def _per_anchor_vjp(site: Site, call: CapturedCall) -> dict[str, Tensor]:
     """Replay one small module per anchor: the rule that covers any norm, scale or bias."""
     parameters = {local: getattr(site.module, local).detach() for local in site.parameters}
     count = call.gradient.shape[0]
-    is_batched = [isinstance(x, Tensor) and x.shape[:1] == (count,) for x in call.inputs]
+    given = [*call.inputs, *call.keywords.values()]
+    is_batched = [isinstance(x, Tensor) and x.shape[:1] == (count,) for x in given]
 
-    def one_anchor(gradient: Tensor, *inputs: Any) -> dict[str, Tensor]:
-        rows = tuple(
-            x.unsqueeze(0) if batched else x for x, batched in zip(inputs, is_batched, strict=True)
-        )
+    def one_anchor(gradient: Tensor, *values: Any) -> dict[str, Tensor]:
+        rows = [x.unsqueeze(0) if row else x for x, row in zip(values, is_batched, strict=True)]
+        inputs = tuple(rows[: len(call.inputs)])
+        keywords = dict(zip(call.keywords, rows[len(call.inputs) :], strict=True))
 
         def run(values: dict[str, Tensor]) -> Tensor:
-            output: Tensor = functional_call(site.module, values, rows, call.keywords)
+            output: Tensor = functional_call(site.module, values, inputs, keywords)
             return output
 
         output, pullback, *_ = vjp(run, parameters)
         result: dict[str, Tensor] = pullback(gradient.unsqueeze(0).to(output.dtype))[0]
         return result
 
-    dims = (0, *(0 if batched else None for batched in is_batched))
-    gradients = vmap(one_anchor, in_dims=dims)(call.gradient, *call.inputs)
+    dims = (0, *(0 if row else None for row in is_batched))
+    gradients = vmap(one_anchor, in_dims=dims)(call.gradient, *given)
     return {name: g.reshape(count, -1).float() for name, g in gradients.items()}
 
 

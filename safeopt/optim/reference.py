@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safeopt.correction import StepGuard
+from safeopt.layouts import flattened_hint
 
 BaseStep = Callable[[Optimizer], Any]
 
@@ -59,6 +60,7 @@ def named_parameters(optimizer: Optimizer, guard: StepGuard) -> dict[str, Tensor
                 raise ValueError(
                     f"parameter {position} of group {index} (shape {tuple(p.shape)}) is not in "
                     "the guard's model; build the guard and the optimizer from the same model"
+                    + flattened_hint(p)
                 )
             parameters[names[id(p)]] = p
     return parameters

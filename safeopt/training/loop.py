@@ -20,6 +20,7 @@ from transformers import get_scheduler
 from safeopt import Anchors
 from safeopt.evaluation.generation import evaluating
 from safeopt.files import write_text
+from safeopt.integrations.accelerate import register
 from safeopt.training import checkpoints, data, models, optimizers, probes
 from safeopt.training.config import TrainConfig
 from safeopt.training.launch import lent_to_accelerate, make_accelerator
@@ -140,7 +141,7 @@ class _Run:
         )
         self.accelerator.register_for_checkpointing(self.scheduler)
         if self.guard is not None:
-            self.accelerator.register_for_checkpointing(self.guard)
+            register(self.accelerator, self.guard)
 
     def _prepare_replicated(self) -> None:
         # The model first: the guard then measures the anchors in the precision that trains.
