@@ -11,12 +11,12 @@ import lightning
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import Dataset
 
 import safeopt
 from safeopt.integrations.accelerate import register
@@ -59,19 +59,21 @@ def make_guard(model: nn.Module) -> CountingGuard:
         return CountingGuard(model, random_anchors(8), **GUARD)
 
 
-def rows(steps: int = STEPS) -> Dataset:
+def rows(steps: int = STEPS) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(3)
     shape = (steps * ROWS_PER_STEP, 10)
     ids = torch.randint(1, VOCABULARY, shape, generator=generator)
     # Trainer counts every label, but predicts none at the first place.
     labels = ids.clone()
     labels[:, 0] = -100
-    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return Dataset.from_dict({name: tensor.tolist() for name, tensor in columns.items()})
+    return [
+        {"input_ids": i, "attention_mask": [1] * len(i), "labels": label}
+        for i, label in zip(ids.tolist(), labels.tolist(), strict=True)
+    ]
 
 
 def loader(batch_size: int = ROWS_PER_STEP, steps: int = STEPS) -> DataLoader[Any]:
-    return DataLoader(rows(steps).with_format("torch"), batch_size=batch_size)  # type: ignore
+    return DataLoader(rows(steps), batch_size=batch_size, collate_fn=default_data_collator)  # type: ignore
 
 
 def weights(model: nn.Module) -> Weights:
@@ -145,7 +147,7 @@ def sft_trainer(model: nn.Module, guard: safeopt.Guard, folder: Path, tokenizer:
     SFTTrainer(
         model,  # type: ignore[arg-type]
         SFTConfig(**trainer_options(folder), bf16=False, dataset_kwargs=skip),
-        train_dataset=rows(),
+        train_dataset=Dataset.from_list(rows()),
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(SafeAdamWFactory, {**OPTIONS, "guard": guard}),
         callbacks=[GuardCallback(guard)],
