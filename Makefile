@@ -1,10 +1,11 @@
-# Every target does its own set-up; the stamp file makes the second time quick.
+# Every target does its own set-up; a stamp file per extra makes the second time quick.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.setup-done
+DEMO := $(VENV)/.demo-done
+DEV := $(VENV)/.dev-done
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11 python3.10 python
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
@@ -17,28 +18,28 @@ ARGS ?=
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
-setup: $(STAMP) ## make .venv with the tested versions
+setup: $(DEV) ## make .venv with the tested versions
 
-demo: $(STAMP) ## fine-tune a real model with AdamW and SafeAdamW, print one table, draw one picture
+demo: $(DEMO) ## fine-tune a real model with AdamW and SafeAdamW, print one table, draw one picture
 	$(BIN)/safeopt demo $(ARGS)
 
-test: $(STAMP) ## run the tests (ARGS="-k name" for some of them)
+test: $(DEV) ## run the tests (ARGS="-k name" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP) ## ruff and mypy --strict
+lint: $(DEV) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP) ## let ruff mend what it can
+format: $(DEV) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove caches and builds, keep .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/.%-done: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.10 with venv and pip found: install one, or name it with PYTHON=/path/to/python" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
