@@ -27,7 +27,7 @@ def refuse_flattened(model: nn.Module) -> None:
     classes = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     parameters = list(model.parameters())
     if "FullyShardedDataParallel" in classes or any(
-        hasattr(p, "_is_fsdp_flattened") or type(p).__name__ == "FlatParameter" for p in parameters
+        hasattr(p, "_fsdp_flattened") or hasattr(p, "_is_flat_param") for p in parameters
     ):
         raise ValueError(FSDP1)
     if "DeepSpeedEngine" in classes or any(hasattr(p, "ds_id") for p in parameters):

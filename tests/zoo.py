@@ -49,8 +49,8 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def lora_llama() -> nn.Module:
-    model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
+def lora_llama(**changes: Any) -> nn.Module:
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", **changes))
     with torch.no_grad():  # away from initialisation, where every lora_A has zero gradient
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -58,11 +58,16 @@ def lora_llama() -> nn.Module:
     return model
 
 
+def dora_llama() -> nn.Module:
+    return lora_llama(use_dora=True)
+
+
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "tied-llama": tied_llama,
     "gpt2": gpt2,
     "lora-llama": lora_llama,
+    "dora-llama": dora_llama,
 }
 
 

@@ -116,6 +116,7 @@ def capture(
     Raises:
         FloatingPointError: a loss is not finite.
         TypeError: a module folds the batch dimension away, so that anchors cannot be told apart.
+        ValueError: no parameter of the sites takes part in the forward pass.
     """
     recorders = [_Recorder() for _ in sites]
     handles = [
@@ -165,7 +166,12 @@ def _check_batch_dimension(
 
 def _output_gradients(total: Tensor, recorders: list[_Recorder]) -> list[list[CapturedCall]]:
     edges = [call.edge for recorder in recorders for call in recorder.calls]
-    gradients = iter(torch.autograd.grad(total, edges, allow_unused=True) if edges else ())
+    if not edges:
+        raise ValueError(
+            "no trainable parameter takes part in the model's forward pass, so there is nothing to "
+            "guard; are its adapters merged or disabled? Call unmerge_adapter() or set_adapter()"
+        )
+    gradients = iter(torch.autograd.grad(total, edges, allow_unused=True))
     captured = []
     for recorder in recorders:
         pairs = [(call, next(gradients)) for call in recorder.calls]
