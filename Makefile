@@ -13,15 +13,18 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo bench-world test lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: $(DEV) ## make .venv with the tested versions
 
 demo: $(DEMO) ## fine-tune a real model with AdamW and SafeAdamW, print one table, draw one picture
 	$(BIN)/safeopt demo $(ARGS)
+
+bench-world: $(DEMO) ## repeat the synthetic world's headline and compare it with the committed one
+	$(BIN)/python -m benchmarks.collapse.headline $(ARGS)
 
 test: $(DEV) ## run the tests (ARGS="-k name" for some of them)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(ARGS)

@@ -29,6 +29,15 @@ class Cell:
         return folder / self.suite / f"{stem}.json"
 
 
+def save_failure(cell: Cell, facts: Mapping[str, Any], folder: Path = FOLDER) -> Path:
+    """Keep what is known of a run that raised: ``<folder>/<suite>/failed/<stem>.json``."""
+    path = cell.path(folder)
+    kept = path.parent / "failed" / path.name
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, facts)
+    return kept
+
+
 def load(cell: Cell, folder: Path = FOLDER) -> dict[str, Any] | None:
     """The facts of a cell, or None when it has not been run."""
     path = cell.path(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
@@ -11,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.collapse.methods import METHODS, Earlier, Setup
-from benchmarks.collapse.results import FOLDER, Cell, load, save, save_transcripts
+from benchmarks.collapse.results import FOLDER, Cell, load, save, save_failure, save_transcripts
 from benchmarks.collapse.suite import RunSettings, Suite
 from benchmarks.collapse.suites import make_suite
 from benchmarks.collapse.variants import Variant
@@ -41,6 +42,9 @@ def run_cell(
 
     Returns:
         The facts in the cell's file.
+
+    Raises:
+        Exception: whatever the run raised; a file in ``failed/`` keeps it.
     """
     suite = make(cell.suite, cell.seed, variant.suite)
     run = replace(suite.settings, **variant.run)
@@ -53,7 +57,11 @@ def run_cell(
     if known is not None and not again and known["settings"] == settings:
         return known
     facts = asdict(cell) | {"settings": settings} | environment()
-    facts |= _fine_tune(cell, suite, run, variant, folder)
+    try:
+        facts |= _fine_tune(cell, suite, run, variant, folder)
+    except Exception:
+        save_failure(cell, facts | {"error": traceback.format_exc()}, folder)
+        raise
     save(cell, facts, folder)
     return facts
 
@@ -65,15 +73,18 @@ def _fine_tune(
     aligned = suite.aligned(cell.task)
     reset_peak_memory()
     method = METHODS[cell.method](
-        Setup(model, anchors, run, variant.options, cell.seed, _earlier(cell, folder))
+        Setup(model, anchors, run, variant.options, cell.seed, _earlier(cell, folder), suite.base)
     )
-    log, evaluations, seconds = StepLog(run.log_every), [], 0.0
+    log, evaluations, seconds, cpu_seconds = StepLog(run.log_every), [], 0.0, 0.0
     for number, batch in enumerate(islice(suite.batches(cell.task, run.batch_size), run.steps), 1):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         log.add(method.step(batch))
         seconds += time.perf_counter() - start
+        cpu_seconds += time.process_time() - cpu_start
         if number % run.evaluate_every == 0 or number == run.steps:
-            evaluations.append({"step": number} | _rounded(suite.evaluate(model, cell.task)))
+            with method.deployed():
+                figures = suite.evaluate(model, cell.task)
+            evaluations.append({"step": number} | _rounded(figures))
     save_transcripts(cell, suite.transcripts(), folder)
     return {
         "aligned": _rounded(aligned),
@@ -81,7 +92,9 @@ def _fine_tune(
         "evaluations": evaluations,
         "log": log.facts(),
         "anchors": len(anchors),
+        "rows": asdict(method.spent),
         "train_seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),
         "peak_memory_mb": peak_memory_mb(),
     }
 

@@ -12,7 +12,7 @@ import csv
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from benchmarks.collapse.lora import adapt
 from benchmarks.collapse.suite import Batch, RunSettings
 from safeopt import Anchors
 from safeopt.demo import data
 from safeopt.demo.alignment import answered, refused
+from safeopt.demo.assets import smollm2_folder
 from safeopt.demo.plan import spread
 from safeopt.demo.worker import load_aligned
 from safeopt.evaluation import Decoding, Verdict, evaluate, reply_nll
@@ -47,6 +49,7 @@ class SmolConfig:
         task_test_rows: maths problems of the task NLL.
         max_length: tokens of the longest task row; longer problems are left out.
         precision: "bf16" trains under bf16 autocast with fp32 weights, "fp32" throughout.
+        lora_rank: above 0, adapters of that rank on every projection train and nothing else.
     """
 
     prompts: Literal["development", "final"] = "final"
@@ -56,6 +59,7 @@ class SmolConfig:
     task_test_rows: int = 80
     max_length: int = 120
     precision: Literal["bf16", "fp32"] = "bf16"
+    lora_rank: int = 0
 
 
 class Smol:
@@ -77,8 +81,17 @@ class Smol:
     def model(self) -> nn.Module:
         """The aligned model, in fp32; forward passes run under autocast for "bf16"."""
         model: nn.Module = load_aligned(ADAPTER)[0].train()
+        if self.config.lora_rank:
+            adapt(model, self.config.lora_rank, self.seed)
         if self.config.precision == "bf16":
             _autocast(model)
+        return model
+
+    def base(self) -> nn.Module:
+        """SmolLM2-135M-Instruct as it was published, in fp32."""
+        from transformers import AutoModelForCausalLM
+
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype="float32")
         return model
 
     def anchors(self, task: str) -> Anchors:
@@ -129,6 +142,19 @@ class Smol:
 
     def _test_rows(self) -> list[dict[str, Any]]:
         return _rows("test")[: self.config.task_test_rows]
+
+
+class LoraSmol(Smol):
+    """The same model, with adapters trained and not the weights."""
+
+    name = "smol_lora"
+    settings = replace(Smol.settings, lr=2e-3)
+
+    def __init__(self, seed: int, config: SmolConfig | None = None) -> None:
+        super().__init__(seed, config or SmolConfig(lora_rank=LORA_RANK))
+
+
+LORA_RANK = 8
 
 
 @cache

@@ -60,6 +60,9 @@ class Suite(Protocol):
     def model(self) -> nn.Module:
         """A fresh copy of the aligned model; ``model(**batch).loss`` is the mean reply NLL."""
 
+    def base(self) -> nn.Module:
+        """The same model before it was aligned."""
+
     def anchors(self, task: str) -> Anchors:
         """The pool that every method draws from when it is fine-tuned on this task."""
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.collapse.pareto import pareto_table
 from benchmarks.collapse.results import FOLDER, load_all
-from benchmarks.collapse.variants import SuitePlan, Variant, read_plan
+from benchmarks.collapse.variants import SWEEP, SuitePlan, read_plan
 from benchmarks.markdown import fill
 from safeopt.files import write_text
 
@@ -30,21 +31,10 @@ def table(plan: SuitePlan, results: Sequence[Facts], group: str) -> str:
     rows = [["", *heads, "seconds", "seeds"], ["---"] * (len(heads) + 3)]
     rows += [_row("aligned model", results, tasks, plan, "aligned")]
     for variant in plan.variants:
-        own = [r for r in results if _is_of(r, variant)]
+        own = [r for r in results if variant.made(r)]
         if variant.group == group and own:
             rows.append(_row(variant.label, own, tasks, plan, "final"))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _is_of(result: Facts, variant: Variant) -> bool:
-    settings = result["settings"]
-    return (result["method"], result["variant"]) == (variant.method, variant.name) and all(
-        (
-            settings["options"] == variant.options,
-            settings["suite_options"] == variant.suite,
-            variant.run.items() <= settings["run"].items(),
-        )
-    )
 
 
 def _row(
@@ -90,8 +80,10 @@ def _machine(result: Facts) -> str:
 def parts_of(suite: str, folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
     """Marker names and what belongs between them."""
     plan, results = read_plan(suite), list(load_all(suite, folder))
-    for group in dict.fromkeys(v.group for v in plan.variants):
+    for group in dict.fromkeys(v.group for v in plan.variants if v.group != SWEEP):
         yield f"{suite}-{group}", table(plan, results, group)
+    if plan.sweep is not None:
+        yield f"{suite}-pareto", pareto_table(plan, results)
     yield f"{suite}-machine", machines(results)
 
 

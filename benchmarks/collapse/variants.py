@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent / "variants"
+SWEEP = "sweep"
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,69 @@ class Variant:
     run: Mapping[str, Any]
     suite: Mapping[str, Any]
 
+    def made(self, result: Mapping[str, Any]) -> bool:
+        """True if a result is of this variant as it is now."""
+        settings = result["settings"]
+        return (result["method"], result["variant"]) == (self.method, self.name) and all(
+            (
+                settings["options"] == self.options,
+                settings["suite_options"] == self.suite,
+                self.run.items() <= settings["run"].items(),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which settings make a method's Pareto curve.
+
+    Attributes:
+        seeds: seeds of the curves; nothing was chosen while looking at them.
+        task: the task metric, one of an evaluation's figures.
+        strengths: per method the settings of its own beside the default.
+        rates: learning rates beside the suite's, in the order in which methods take them.
+        settings: how many settings every method has.
+    """
+
+    seeds: tuple[int, ...]
+    task: str
+    strengths: Mapping[str, Sequence[Mapping[str, Any]]]
+    rates: tuple[float, ...]
+    settings: int
+
+    def variants(self, defaults: Mapping[str, Mapping[str, Any]]) -> Iterator[Variant]:
+        """The rows beside each method's default: its own strengths, then learning rates."""
+        for method, strengths in self.strengths.items():
+            usual = dict(defaults.get(method, {}))
+            for changes in strengths:
+                name = _name(changes)
+                yield Variant(SWEEP, method, name, name, usual | dict(changes), {}, {})
+            for rate in self.rates[: self.settings - 1 - len(strengths)]:
+                name = _name({"lr": rate})
+                yield Variant(SWEEP, method, name, name, usual, {"lr": rate}, {})
+
 
 @dataclass(frozen=True)
 class SuitePlan:
-    """Everything about a suite that is data: seeds, table columns and variants."""
+    """Everything about a suite that is data: seeds, table columns, variants and the sweep."""
 
     seeds: tuple[int, ...]
     columns: Mapping[str, str]
     variants: tuple[Variant, ...]
+    sweep: Sweep | None = None
+
+    def curves(self) -> dict[str, list[Variant]]:
+        """The settings on each method's Pareto curve, its default first; empty without a sweep."""
+        if self.sweep is None:
+            return {}
+        return {
+            method: [
+                v
+                for v in self.variants
+                if v.method == method and (v.group == SWEEP or v.name == DEFAULT)
+            ]
+            for method in self.sweep.strengths
+        }
 
 
 def read_plan(suite: str, folder: Path = FOLDER) -> SuitePlan:
@@ -55,16 +112,38 @@ def read_plan(suite: str, folder: Path = FOLDER) -> SuitePlan:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise ValueError(f"no plan for suite {suite!r}; known: {known}")
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    variants = tuple(
+    variants = [
         _variant(group, row, plan["defaults"])
         for group, rows in plan["groups"].items()
         for row in rows
-    )
+    ]
+    sweep = _sweep(plan["sweep"]) if "sweep" in plan else None
+    if sweep is not None:
+        variants += sweep.variants(plan["defaults"])
     names = [(v.method, v.name) for v in variants]
     twice = sorted({"/".join(n) for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(f"{path.name}: named twice: {', '.join(twice)}")
-    return SuitePlan(tuple(plan["seeds"]), plan["columns"], variants)
+    return SuitePlan(tuple(plan["seeds"]), plan["columns"], tuple(variants), sweep)
+
+
+def _sweep(rows: Mapping[str, Any]) -> Sweep:
+    sweep = Sweep(
+        tuple(rows["seeds"]),
+        rows["task"],
+        rows["strengths"],
+        tuple(rows["rates"]),
+        rows["settings"],
+    )
+    for method, strengths in sweep.strengths.items():
+        most = 1 + len(strengths) + len(sweep.rates)
+        if not 1 + len(strengths) <= sweep.settings <= most:
+            raise ValueError(f"the sweep of {method} cannot have {sweep.settings} settings")
+    return sweep
+
+
+def _name(changes: Mapping[str, Any]) -> str:
+    return ",".join(f"{key}={value:g}" for key, value in changes.items())
 
 
 def _variant(group: str, row: Mapping[str, Any], defaults: Mapping[str, Any]) -> Variant:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from benchmarks.collapse.language import (
     Rows,
     Split,
 )
+from benchmarks.collapse.lora import adapt
 from benchmarks.collapse.suite import Batch, RunSettings
 from safeopt import Anchors
 from safeopt.anchors import Kind as AnchorKind
@@ -51,6 +52,7 @@ class WorldConfig:
     ``comply_share`` the share of ``comply`` anchors in it, by task: none for ``style``, which
     changes on purpose how harmless instructions are answered, so that helpful replies in the old
     style are no behaviour to keep. ``test_prompts`` is the number of held-out prompts per kind.
+    ``lora_rank`` above 0 trains adapters of that rank on every projection, and nothing else.
     """
 
     language: LanguageConfig = field(default_factory=LanguageConfig)
@@ -66,6 +68,7 @@ class WorldConfig:
     anchors: int = 256
     comply_share: Mapping[str, float] = field(default_factory=lambda: dict(COMPLY_SHARE))
     test_prompts: int = 256
+    lora_rank: int = 0
 
 
 class World:
@@ -88,10 +91,20 @@ class World:
 
     def model(self) -> nn.Module:
         """The aligned model, trained on first use and read from the cache afterwards."""
-        model = self._untrained()
+        model = self._cached(self._cache_path(), self._bring_up)
+        if self.config.lora_rank:
+            adapt(model, self.config.lora_rank, self.seed)
+        return model
+
+    def base(self) -> nn.Module:
+        """The pretrained model that was aligned: it answers every instruction."""
         path = self._cache_path()
+        return self._cached(path.with_stem(f"{path.stem}-base"), self._pretrain)
+
+    def _cached(self, path: Path, bring_up: Callable[[LlamaForCausalLM], None]) -> nn.Module:
+        model = self._untrained()
         if not path.exists():
-            self._bring_up(model)
+            bring_up(model)
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}")
             save_file(_unshared(model), partial)
@@ -121,8 +134,12 @@ class World:
     def _bring_up(self, model: LlamaForCausalLM) -> None:
         """Pretrain (answer everything), then align (refuse what is harmful)."""
         c = self.config
-        train(model, self._pretraining, c.pretrain_steps, c.pretrain_lr, self._draw("pretrain"))
+        self._pretrain(model)
         train(model, self._alignment, c.align_steps, c.align_lr, self._draw("align"))
+
+    def _pretrain(self, model: LlamaForCausalLM) -> None:
+        c = self.config
+        train(model, self._pretraining, c.pretrain_steps, c.pretrain_lr, self._draw("pretrain"))
 
     def _pretraining(self, draw: torch.Generator) -> Rows:
         everything = self._pairs("harmful", "borderline", "plain", splits=("known", "held_out"))
@@ -145,7 +162,7 @@ class World:
 
     def _cache_path(self) -> Path:
         facts = {"format": _FORMAT, "seed": self.seed} | asdict(self.config)
-        for later in ("anchors", "comply_share", "test_prompts"):
+        for later in ("anchors", "comply_share", "test_prompts", "lora_rank"):
             del facts[later]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "world" / f"{key}.safetensors"
@@ -233,6 +250,18 @@ class World:
         digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
+
+class LoraWorld(World):
+    """The same world, with adapters trained and not the weights."""
+
+    name = "world_lora"
+    settings = replace(World.settings, lr=1e-2)
+
+    def __init__(self, seed: int, config: WorldConfig | None = None) -> None:
+        super().__init__(seed, config or WorldConfig(lora_rank=LORA_RANK))
+
+
+LORA_RANK = 8
 
 KINDS: tuple[Kind, ...] = ("harmful", "borderline", "plain")
 

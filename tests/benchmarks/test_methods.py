@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.collapse.methods import METHODS, Setup
-from benchmarks.collapse.methods.base import Displacement, norm
+from benchmarks.collapse.methods.base import Displacement, Spending, norm
 from benchmarks.collapse.methods.mixed import Mixed, joined
 from benchmarks.collapse.methods.random_subspace import RandomSubspace
 from safeopt import Anchors
@@ -20,16 +20,15 @@ def setup_of(world: SmallWorld, options: dict[str, Any] | None = None) -> Setup:
         return {"log": {"step_norm": [0.25]}}
 
     model, anchors = world.model(), world.anchors("style")
-    return Setup(model, anchors, world.settings, options or {}, 0, earlier)
+    return Setup(model, anchors, world.settings, options or {}, 0, earlier, world.base)
 
 
-def test_mixed_meets_its_rate_and_uses_every_anchor(world: SmallWorld) -> None:
+def test_mixed_meets_its_rate(world: SmallWorld) -> None:
     method = Mixed(setup_of(world), anchors_per_step=2.4)
     batches = islice(world.batches("style", 4), 5)
     rows = [method.step(batch)["safety_rows"] for batch in batches]
     assert rows == [2, 2, 3, 2, 3]
-    fresh = Mixed(setup_of(world), anchors_per_step=1)
-    assert sorted(fresh._next(5) + fresh._next(7)) == list(range(12))
+    assert method.spent == Spending(task_rows=20, anchor_rows=12)
 
 
 def test_joined_pads_to_one_length() -> None:
@@ -39,7 +38,7 @@ def test_joined_pads_to_one_length() -> None:
         "labels": torch.tensor([[IGNORED, 6]]),
         "attention_mask": torch.ones(1, 2, dtype=torch.int64),
     }
-    both = joined(batch, anchors, [0])
+    both = joined(batch, anchors.batch())
     assert both["input_ids"].tolist() == [[5, 6, 0, 0], [1, 2, 3, 4]]
     assert both["labels"].tolist() == [[IGNORED, 6, IGNORED, IGNORED], [IGNORED, IGNORED, 3, 4]]
     assert both["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ def test_an_interrupted_run_leaves_no_result(
     assert run(CELL, variant("adamw"), tmp_path)["final"]["step"] == 6
 
 
+def test_a_failed_run_is_kept_and_leaves_no_result(world: SmallWorld, tmp_path: Path) -> None:
+    cell = Cell("world", "ewc", "default", "style", 0)
+    with pytest.raises(ValueError, match="more than the budget"):
+        run(cell, variant("ewc", {"anchors_per_step": 0.1}), tmp_path)
+    assert list(load_all("world", tmp_path)) == []
+    (kept,) = (tmp_path / "world" / "failed").glob("*.json")
+    facts = json.loads(kept.read_text())
+    assert facts["settings"]["options"] == {"anchors_per_step": 0.1}
+    assert "more than the budget" in facts["error"]
+
+
 def test_facts_are_plain_json(world: SmallWorld, tmp_path: Path) -> None:
     facts = run(CELL, variant("adamw"), tmp_path)
     assert json.loads(CELL.path(tmp_path).read_text()) == facts
@@ -78,12 +90,42 @@ def test_every_method_of_the_world_plan_takes_its_options(
     world: SmallWorld, tmp_path: Path
 ) -> None:
     plan = read_plan("world")
-    first_of = {v.method: v for v in reversed(plan.variants)}
-    assert set(first_of) == set(METHODS)
-    for method in sorted(METHODS, key=lambda name: name == "norm_matched"):
-        chosen = first_of[method]
-        cell = Cell("world", method, chosen.name, "questions", 0)
-        assert run(cell, chosen, tmp_path)["final"]["step"] == 6
+    default_of = {v.method: v for v in plan.variants if v.name == "default"}
+    assert set(default_of) == set(METHODS) - {"safe_lora", "asft"}
+    for method in sorted(default_of, key=lambda name: name == "norm_matched"):
+        check_facts(
+            run(Cell("world", method, "default", "questions", 0), default_of[method], tmp_path)
+        )
+
+
+def test_every_method_of_the_lora_plan_takes_its_options(world: SmallWorld, tmp_path: Path) -> None:
+    def lora_world(name: str, seed: int, options: Any) -> SmallWorld:
+        return small_world(name, seed, {"lora_rank": 2, **options})
+
+    default_of = {v.method: v for v in read_plan("world_lora").variants if v.name == "default"}
+    assert {"safe_lora", "asft"} < set(default_of)
+    for method, chosen in default_of.items():
+        cell = Cell("world_lora", method, "default", "questions", 0)
+        check_facts(run_cell(cell, chosen, folder=tmp_path, make=lora_world))
+
+
+def check_facts(facts: dict[str, Any]) -> None:
+    assert facts["final"]["step"] == 6
+    assert all(math.isfinite(value) for value in facts["final"].values())
+    assert facts["rows"]["task_rows"] >= 6 * 8
+    assert facts["rows"]["anchor_rows"] <= max(6 * 3.2, 2 * 16)  # the guard refreshes twice
+
+
+@pytest.mark.parametrize("suite", ["world", "world_lora"])
+def test_methods_with_anchors_have_one_budget(suite: str) -> None:
+    plan = read_plan(suite)
+    for variant in [v for rows in plan.curves().values() for v in rows]:
+        options = variant.options
+        if "anchors_per_refresh" in options:
+            rate = options["anchors_per_refresh"] / options["refresh_every"]
+        else:
+            rate = options.get("anchors_per_step", 3.2)
+        assert rate == 3.2, variant
 
 
 def test_a_method_that_needs_another_result_says_which(world: SmallWorld, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ class Setup:
         options: the method's own settings, from the variants file.
         seed: seed of whatever the method draws.
         earlier: reads another method's result of the same suite, seed and task.
+        base: builds the model as it was before alignment, for methods that need the two apart.
     """
 
     model: nn.Module
@@ -39,30 +41,64 @@ class Setup:
     options: Mapping[str, Any]
     seed: int
     earlier: Earlier
+    base: Callable[[], nn.Module]
+
+
+@dataclass
+class Spending:
+    """What a run has cost so far, in rows that went through the model.
+
+    Attributes:
+        task_rows: forward-backwards of task rows.
+        anchor_rows: forward-backwards of anchors.
+        forward_rows: rows that went forward alone, through the model or an aligned copy.
+    """
+
+    task_rows: int = 0
+    anchor_rows: int = 0
+    forward_rows: int = 0
 
 
 class Method(Protocol):
     """A way of fine-tuning."""
 
+    @property
+    def spent(self) -> Spending:
+        """Rows so far, set-up included."""
+
     def step(self, batch: Batch) -> dict[str, float]:
         """Make one optimizer step on a task batch and return facts about it (``loss``, ...)."""
+
+    def deployed(self) -> AbstractContextManager[None]:
+        """Inside it the model holds the weights that the method would ship."""
 
 
 class Training:
     """One plain step: loss, gradients, ``optimizer.step()``, the run's learning-rate schedule."""
 
     def __init__(self, setup: Setup, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = setup.model, optimizer
+        self.model, self.optimizer, self.spent = setup.model, optimizer, Spending()
+        self.parameters = [p for p in setup.model.parameters() if p.requires_grad]
         self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, setup.run.rate)
 
     def step(self, batch: Batch) -> dict[str, float]:
         """See :meth:`Method.step`."""
-        loss = self.model(**batch).loss
-        loss.backward()
+        facts = self.gradients(batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._schedule.step()
+        return facts
+
+    def gradients(self, batch: Batch) -> dict[str, float]:
+        """Leave in ``p.grad`` what the optimizer is to follow, and return facts about it."""
+        loss = self.model(**batch).loss
+        loss.backward()
+        self.spent.task_rows += len(batch["input_ids"])
         return {"loss": loss.item()}
+
+    def deployed(self) -> AbstractContextManager[None]:
+        """The trained weights as they are."""
+        return nullcontext()
 
 
 def plain_adamw(setup: Setup) -> torch.optim.AdamW:

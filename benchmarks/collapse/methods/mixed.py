@@ -1,59 +1,80 @@
-"""The same anchors mixed into the batches, at a given number of anchors per step."""
+"""The same anchors mixed into the batches, at a given number of anchors per step.
+
+Source: Safety-Tuned LLaMAs (Bianchi et al. 2023, arXiv 2309.07875) and every practitioner.
+
+Fidelity: the source mixes a few hundred demonstrations into the data set and shuffles; here every
+batch gets its share, which is the same in expectation and the same for every method compared.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from benchmarks.collapse.methods.anchored import (
+    AnchorBudget,
+    inputs,
+    reply_logits,
+    reply_positions,
+    reply_targets,
+)
 from benchmarks.collapse.methods.base import Method, Setup, Training, plain_adamw
 from benchmarks.collapse.suite import Batch
-from safeopt import Anchors
-from safeopt.anchors import IGNORED
+from safeopt.anchors import IGNORED, AnchorBatch
 
 
 class Mixed(Training):
     """AdamW on the task batch plus anchors drawn from the pool without replacement.
 
-    The anchors are added, so every method sees the same task rows. A fractional
-    ``anchors_per_step`` is met on average: 3.2 gives 3, 3, 3, 3, 4.
+    The anchors are added, so every method sees the same task rows.
+
+    Args:
+        setup: the run.
+        anchors_per_step: anchors added to a batch, met on average.
+        weight: how much an anchor's token counts beside a task token; 1 is plain mixing.
     """
 
-    def __init__(self, setup: Setup, anchors_per_step: float) -> None:
+    def __init__(self, setup: Setup, anchors_per_step: float, weight: float = 1.0) -> None:
         super().__init__(setup, plain_adamw(setup))
-        self._anchors, self._rate, self._steps = setup.anchors, anchors_per_step, 0
-        self._draw = torch.Generator().manual_seed(setup.seed)
-        self._left: list[int] = []
+        self._budget = AnchorBudget(setup, anchors_per_step, self.spent)
+        self._weight = weight
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One step on the task rows and this step's share of anchors."""
-        count = int((self._steps + 1) * self._rate) - int(self._steps * self._rate)
-        self._steps += 1
-        chosen = self._next(count)
-        mixed = joined(batch, self._anchors, chosen) if chosen else batch
-        return super().step(mixed) | {"safety_rows": float(count)}
+    def gradients(self, batch: Batch) -> dict[str, float]:
+        """Gradient of the mean over the tokens of task rows and this step's anchors."""
+        anchors = self._budget.next()
+        if anchors is None:
+            return super().gradients(batch)
+        loss = self._loss(joined(batch, anchors), len(batch["input_ids"]))
+        loss.backward()
+        self.spent.task_rows += len(batch["input_ids"])
+        return {"loss": loss.item(), "safety_rows": float(len(anchors))}
 
-    def _next(self, count: int) -> list[int]:
-        while len(self._left) < count:
-            self._left += torch.randperm(len(self._anchors), generator=self._draw).tolist()
-        chosen, self._left = self._left[:count], self._left[count:]
-        return chosen
+    def _loss(self, rows: Batch, task_rows: int) -> Tensor:
+        if self._weight == 1.0:
+            loss: Tensor = self.model(**rows).loss
+            return loss
+        where, _ = reply_positions(rows)
+        nll = torch.nn.functional.cross_entropy(
+            reply_logits(self.model, rows), reply_targets(rows), reduction="none"
+        )
+        weights = torch.where(where < task_rows, 1.0, self._weight)
+        return (weights * nll).sum() / weights.sum()
 
 
-def joined(batch: Batch, anchors: Anchors, chosen: list[int]) -> Batch:
-    """The task batch with the chosen anchors below it, right-padded to one length."""
-    rows = anchors.batch(chosen)
-    length = max(batch["input_ids"].shape[1], rows.input_ids.shape[1])
+def joined(batch: Batch, anchors: AnchorBatch) -> Batch:
+    """The task batch with the anchors below it, right-padded to one length."""
+    rows = inputs(anchors)
+    length = max(batch["input_ids"].shape[1], rows["input_ids"].shape[1])
     blank = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
 
     def fit(tensor: Tensor, fill: int) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=fill)
 
     return {
-        key: torch.cat([fit(batch[key], fill), fit(getattr(rows, key), fill)])
-        for key, fill in blank.items()
+        key: torch.cat([fit(batch[key], fill), fit(rows[key], fill)]) for key, fill in blank.items()
     }
 
 
 def build(setup: Setup) -> Method:
-    """AdamW with ``options["anchors_per_step"]`` anchors mixed in."""
+    """AdamW with ``options["anchors_per_step"]`` anchors mixed in; ``weight``."""
     return Mixed(setup, **setup.options)

@@ -19,12 +19,15 @@ class Safe(Training):
         )
         super().__init__(setup, optimizer)
         self._guard = guard
+        self.spent.forward_rows += len(setup.anchors)  # their losses at the aligned model
         self._displacement = Displacement(setup.model)
 
     def step(self, batch: Batch) -> dict[str, float]:
         """One guarded step; facts are the loss, the step's norm and the guard's metrics."""
         self._displacement.start()
         facts = super().step(batch)
+        if self._guard.basis_age == 1:  # the step began with a refresh
+            self.spent.anchor_rows += self._guard.anchors_per_refresh
         return facts | {"step_norm": norm(self._displacement.taken())} | self._guard.metrics()
 
 
