@@ -84,9 +84,7 @@ class LevelSetCorrection:
         del parameter
         start = time.perf_counter()
         self._coefficients += self._sketch.coefficients({name: displacement})
-        wide = torch.promote_types(displacement.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(displacement, dtype=wide)
-        self._squared_norm += float(norm) ** 2
+        self._squared_norm += squared_norm(displacement)
         self._seconds += time.perf_counter() - start
 
     def finish(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
@@ -141,6 +139,12 @@ class LevelSetCorrection:
             if before is not None:
                 stored += self._sketch.coefficients({name: p.detach() - before})
         return stored
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """||t||^2, summed in fp32 or better."""
+    precision = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor, dtype=precision)) ** 2
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from safeopt.calibration import Calibration, Reference
 from safeopt.correction import LevelSetCorrection, Momentum
 from safeopt.geometry.coverage import (
     Coverage,
+    Uncovered,
     find_coverage,
     freeze,
     trainable_names,
@@ -31,8 +32,6 @@ from safeopt.geometry.moves import (
 )
 from safeopt.layouts import refuse_flattened
 from safeopt.sampling import AnchorSampler
-
-Uncovered = Literal["error", "ignore", "freeze"]
 
 _POSITIVE_SETTINGS = (
     "refresh_every",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 Rule = Literal["linear", "conv1d", "embedding", "small"]
+Uncovered = Literal["error", "ignore", "freeze"]
 
 # A parameter without a factored form is kept densely, N times; above this it is not covered.
 SMALL_PARAMETER = 1 << 18

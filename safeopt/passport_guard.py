@@ -1,0 +1,127 @@
+"""PassportGuard: a guard without anchors, held to a subspace that was measured beforehand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from safeopt.correction import Momentum, squared_norm
+from safeopt.geometry.adapters import bind, clear_adapters
+from safeopt.geometry.coverage import Uncovered, freeze, unwrapped
+from safeopt.geometry.subspace import Pieces, removed_by
+
+
+class PassportGuard:
+    """Takes out of every step what the anchors of a passport would notice.
+
+    s <- s - P s for each parameter alone, at every step: no anchors, no refresh, no state and no
+    communication between ranks that hold whole rows.
+
+    A LoRA adapter around the model is held by the input side of its matrix: what the anchors feed
+    in is taken out of a fresh ``lora_A`` at once, which leaves the model's function alone.
+
+    Args:
+        model: the model that trains, or a PEFT model around it; wrappers of DDP and torch.compile
+            are looked through.
+        pieces: projectors by the base model's parameter names, on the model's device.
+        uncovered: trainable parameters that the pieces say nothing about: "error" names them,
+            "ignore" lets them train unguarded, "freeze" stops them from training.
+        digest: digest of the passport, for checkpoints.
+
+    Raises:
+        ValueError: parameters that are not covered, or an adapter that has trained already.
+    """
+
+    brake = 1.0
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pieces: Pieces,
+        *,
+        uncovered: Uncovered = "error",
+        digest: str = "",
+    ) -> None:
+        self.model = unwrapped(model)
+        bound = bind(self.model, pieces)
+        if bound.unknown and uncovered == "error":
+            raise ValueError(
+                f"the passport says nothing about the trainable parameters {list(bound.unknown)}; "
+                "pass uncovered='freeze' to stop them from training or uncovered='ignore' to "
+                "train them unguarded"
+            )
+        clear_adapters(self.model, bound)
+        if uncovered == "freeze":
+            freeze(self.model, bound.unknown)
+        self.pieces = bound.pieces
+        self._digest = digest
+        self._metrics: dict[str, float] = {}
+
+    def refresh_if_due(self, names: frozenset[str]) -> None:
+        """Nothing is ever due."""
+
+    def correction(self, momentum: Momentum) -> PieceCorrection:
+        """Begin the correction of one step; the momentum is not used."""
+        del momentum
+        return PieceCorrection(self.pieces, self._metrics)
+
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last step.
+
+        ``safety/removed_fraction`` (||P s|| / ||s||) and ``safety/step_ms`` (milliseconds
+        beyond the base optimizer).
+        """
+        return dict(self._metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The passport's digest: there is nothing else to resume."""
+        return {"passport": self._digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the checkpoint was made under this passport.
+
+        Raises:
+            ValueError: it was made under another one.
+        """
+        if state["passport"] != self._digest:
+            raise ValueError(
+                f"this checkpoint was made under the passport {state['passport']}, the guard "
+                f"holds {self._digest}; load the same passport file"
+            )
+
+
+class PieceCorrection:
+    """s <- s - P s, parameter by parameter, as soon as each has moved.
+
+    Args:
+        pieces: projectors by parameter name.
+        metrics: where the step's figures are written.
+    """
+
+    def __init__(self, pieces: Pieces, metrics: dict[str, float]) -> None:
+        self._pieces, self._metrics = pieces, metrics
+        self._squared_norm = self._removed = 0.0
+        self._seconds = 0.0
+
+    def observe(self, name: str, parameter: Tensor, displacement: Tensor) -> None:
+        """Write p <- p - P s."""
+        start = time.perf_counter()
+        self._squared_norm += squared_norm(displacement)
+        if name in self._pieces:
+            removed = removed_by(self._pieces[name], displacement)
+            self._removed += squared_norm(removed)
+            parameter -= removed
+        self._seconds += time.perf_counter() - start
+
+    def finish(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the step's figures; everything has been written."""
+        del parameters
+        share = (self._removed / self._squared_norm) ** 0.5 if self._squared_norm else 0.0
+        self._metrics |= {
+            "safety/removed_fraction": share,
+            "safety/step_ms": 1e3 * self._seconds,
+        }
+        return dict(self._metrics)
