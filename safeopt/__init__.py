@@ -4,7 +4,7 @@ from safeopt import integrations
 from safeopt.anchors import Anchors
 from safeopt.geometry import DenseSubspace, GradientSketch
 from safeopt.guard import Guard
-from safeopt.optim import SafeAdamW
+from safeopt.optim import SafeAdamW, SafeMuon, SafeSGD, guarded
 
 __all__ = [
     "Anchors",
@@ -12,7 +12,10 @@ __all__ = [
     "GradientSketch",
     "Guard",
     "SafeAdamW",
+    "SafeMuon",
+    "SafeSGD",
     "__version__",
+    "guarded",
     "integrations",
 ]
 

@@ -101,7 +101,8 @@ class LevelSetCorrection:
         tangent = guard.tangent_weights(seen)
         removed = float(tangent @ seen)  # ||G^T a||^2, since G^T a projects s
         length, remaining = self._squared_norm**0.5, max(0.0, self._squared_norm - removed) ** 0.5
-        momentum = self._momentum() if guard.wants_retraction() else {}
+        needs_momentum = guard.momentum_orthogonal and guard.wants_retraction()
+        momentum = self._momentum() if needs_momentum else {}
         along = sketch.coefficients(momentum)
         retraction = self._retraction(remaining, momentum, along)
         stored = self._subtract(parameters, tangent + retraction.weights, retraction, momentum)

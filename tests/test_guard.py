@@ -188,11 +188,11 @@ def test_parameters_of_another_model_added_later() -> None:
     guard = safeopt.Guard(model, random_anchors())
     optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=1e-2, guard=guard)
     stranger = nn.Parameter(torch.zeros(3))
-    optimizer.add_param_group({"params": [("stranger", stranger)]})
     before = snapshot(model, optimizer)
     with pytest.raises(ValueError, match="group 1"):
-        take_training_step(model, optimizer)
+        optimizer.add_param_group({"params": [("stranger", stranger)]})
     assert_untouched(before, snapshot(model, optimizer))
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize(

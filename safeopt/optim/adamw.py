@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from safeopt.correction import StepGuard
-from safeopt.optim.reference import guarded_step, named_parameters
-
-# torch wraps ``step`` of every class it instantiates so that step hooks fire; calling the wrapped
-# one from a subclass, whose own ``step`` is wrapped too, would fire them twice.
-_adamw_step: Callable[..., Any] = inspect.unwrap(torch.optim.AdamW.step)
+from safeopt.optim.base import HoldsGuard
 
 
-def _guarded_adamw_step(optimizer: torch.optim.Optimizer) -> None:
-    """AdamW on the groups of a guarded step: fused, unless an implementation was asked for."""
-    for group in optimizer.param_groups:
-        if group["foreach"] is None and group["fused"] is None:
-            group["fused"] = True
-    _adamw_step(optimizer)
-
-
-class SafeAdamW(torch.optim.AdamW):
+class SafeAdamW(HoldsGuard, torch.optim.AdamW):
     r"""AdamW whose every step stays on the guard's safety level set.
 
     AdamW proposes s, learning rate and decoupled weight decay included; the guard takes out what
@@ -64,8 +52,6 @@ class SafeAdamW(torch.optim.AdamW):
         >>> optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=2e-5, guard=guard)
     """
 
-    guard: StepGuard | None = None  # unpickled and copied optimizers come without one
-
     def __init__(
         self,
         params: ParamsT,
@@ -95,32 +81,23 @@ class SafeAdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self.guard = guard
-        if guard is not None:
-            if capturable or differentiable:
-                raise ValueError("a guard does not work with capturable or differentiable yet")
-            named_parameters(self, guard)
+        self._hold(guard)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one optimization step.
+    def _chunk_step(self) -> None:
+        prefer_fused(self, self.param_groups)
+        self._base_step()
 
-        Args:
-            closure: recomputes the loss and its gradient; called once, before the step.
 
-        Returns:
-            The closure's loss, or None.
+def prefer_fused(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Let AdamW's fused kernel step groups for which the user chose no implementation.
 
-        Raises:
-            FloatingPointError: with a guard, if a gradient or an anchor loss is not finite.
-                Weights and optimizer state are untouched.
-        """
-        if self.guard is None:
-            with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-                return _adamw_step(self, closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            guarded_step(self, self.guard, _guarded_adamw_step)
-        return loss
+    It reads the step counter on the parameter's device; a state that was saved without it has the
+    counter on the CPU.
+    """
+    devices = _get_fused_kernels_supported_devices()
+    for group in groups:
+        if group["foreach"] is None and group["fused"] is None:
+            steps = {p: optimizer.state.get(p, {}).get("step", p) for p in group["params"]}
+            group["fused"] = all(
+                p.device.type in devices and step.device == p.device for p, step in steps.items()
+            )

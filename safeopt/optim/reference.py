@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,27 +14,34 @@ from safeopt.correction import StepGuard
 from safeopt.layouts import flattened_hint
 
 BaseStep = Callable[[Optimizer], Any]
+Displacements = Iterator[tuple[str, Tensor]]
+MovedBy = Callable[[Optimizer, dict[str, Tensor], BaseStep, float], Displacements]
 
 # Weights copied at a time: few enough to stay in cache, enough to make small tensors cheap.
 _CHUNK_ELEMENTS = 1 << 20
 _MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
 
 
-def guarded_step(optimizer: Optimizer, guard: StepGuard, base_step: BaseStep) -> None:
+def guarded_step(
+    optimizer: Optimizer,
+    guard: StepGuard,
+    base_step: BaseStep,
+    moved_by: MovedBy | None = None,
+) -> None:
     """Take one step of ``base_step`` that stays on the guard's level set.
 
-    The base optimizer moves a few parameters at a time, so that the memory beyond it is about a
-    copy of the largest parameter, and the displacement s is what was really stored:
-    preconditioning, learning rate and weight decay included. The guard's correction sees each
-    displacement and then writes what it takes out or adds.
+    The displacement s is what the base optimizer has really stored: preconditioning, learning
+    rate and weight decay included. The guard's correction sees the displacement of each parameter
+    and then writes what it takes out or adds.
 
     Args:
         optimizer: the optimizer whose parameters move.
         guard: the guard of the model they belong to.
         base_step: one unguarded step of ``optimizer``.
+        moved_by: how the step is taken, `chunk_by_chunk` or `all_at_once`; the former by default.
 
     Raises:
-        ValueError: a parameter does not belong to the guard's model.
+        ValueError: a parameter does not belong to the guard's model, or has a sparse gradient.
         FloatingPointError: a gradient or an anchor loss is not finite. Weights and optimizer
             state are untouched.
     """
@@ -41,9 +49,22 @@ def guarded_step(optimizer: Optimizer, guard: StepGuard, base_step: BaseStep) ->
     check_gradients(parameters)
     guard.refresh_if_due(frozenset(parameters))
     correction = guard.correction(lambda: momentum_of(optimizer, parameters))
-    for name, displacement in displacements(optimizer, parameters, base_step, guard.brake):
+    moves = moved_by or chunk_by_chunk
+    for name, displacement in moves(optimizer, parameters, base_step, guard.brake):
         correction.observe(name, parameters[name].detach(), displacement)
     correction.finish(parameters)
+
+
+def still_step(optimizer: Optimizer, guard: StepGuard, base_step: BaseStep) -> None:
+    """Take a step whose learning rates are all zero: state may change, weights do not.
+
+    The guard is not asked: there is nothing to correct, and torch's distributed checkpoints take
+    such a step of their own accord to make the optimizer's state.
+    """
+    parameters = named_parameters(optimizer, guard)
+    check_gradients(parameters)
+    for _ in chunk_by_chunk(optimizer, parameters, base_step):
+        pass
 
 
 def named_parameters(optimizer: Optimizer, guard: StepGuard) -> dict[str, Tensor]:
@@ -67,28 +88,36 @@ def named_parameters(optimizer: Optimizer, guard: StepGuard) -> dict[str, Tensor
 
 
 def check_gradients(parameters: dict[str, Tensor]) -> None:
-    """Raise if a gradient is not finite, before anything has changed."""
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    if not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+    """Raise if a gradient is sparse or not finite, before anything has changed."""
+    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None and p.numel()}
+    for name, gradient in gradients.items():
+        if gradient.is_sparse:
+            raise ValueError(
+                f"the gradient of {name!r} is sparse, which a guard does not handle: build its "
+                "embedding with sparse=False"
+            )
+    # The largest element and not the length, whose square overflows long before a gradient does.
+    largest = torch._foreach_norm(list(gradients.values()), torch.inf) if gradients else []
+    # One look for all of them: each look makes the host wait for the device.
+    finite = [value.isfinite() for value in largest]
+    if not finite or bool(torch.stack([f.to(finite[0].device) for f in finite]).all()):
         return
-    bad = next(
-        name
-        for name, p in parameters.items()
-        if p.grad is not None and not bool(p.grad.isfinite().all())
-    )
+    name = next(name for name, f in zip(gradients, finite, strict=True) if not bool(f))
     raise FloatingPointError(
-        f"the gradient of {bad!r} is not finite, so the step was not taken: the loss is NaN or "
+        f"the gradient of {name!r} is not finite, so the step was not taken: the loss is NaN or "
         "overflowed; skip this batch, clip gradients or lower the learning rate"
     )
 
 
-def displacements(
+def chunk_by_chunk(
     optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep, brake: float = 1.0
-) -> Iterator[tuple[str, Tensor]]:
+) -> Displacements:
     """Step a few parameters at a time and yield each one's name and displacement.
 
-    The learning rate is multiplied by ``brake`` for this step alone.
-    A displacement lives in a scratch buffer and is overwritten once the next one is asked for.
+    For optimizers whose step treats parameters one by one; the memory beyond theirs is about a
+    copy of the largest parameter. The learning rate is multiplied by ``brake`` for this step
+    alone. A displacement lives in a scratch buffer and is overwritten once the next one is asked
+    for.
     """
     groups = optimizer.param_groups
     names = {id(p): name for name, p in parameters.items()}
@@ -104,6 +133,39 @@ def displacements(
                     yield names[id(p)], torch.sub(p.detach(), old, out=old)
     finally:
         optimizer.param_groups = groups
+
+
+def all_at_once(
+    optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep, brake: float = 1.0
+) -> Displacements:
+    """Step all parameters together and yield each one's name and displacement.
+
+    For optimizers that share state between parameters, or of which nothing is known; it takes a
+    copy of all parameters. The learning rate is multiplied by ``brake`` for this step alone.
+    """
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    with _braked(optimizer.param_groups, brake):
+        base_step(optimizer)
+    for name, p in parameters.items():
+        yield name, torch.sub(p.detach(), before.pop(name))
+
+
+@contextmanager
+def _braked(groups: list[dict[str, Any]], brake: float) -> Iterator[None]:
+    """Shorten the learning rates of ``groups`` for a while."""
+    if brake >= 1:
+        yield
+        return
+    rates = [group["lr"] for group in groups]
+    shorter = [rate * brake for rate in rates]
+    for group, rate in zip(groups, shorter, strict=True):
+        group["lr"] = rate
+    try:
+        yield
+    finally:
+        for group, rate, lent in zip(groups, rates, shorter, strict=True):
+            if group["lr"] is lent:  # an optimizer that sets its own rate keeps what it has set
+                group["lr"] = rate
 
 
 def _copies(scratch: Tensor, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -1,0 +1,122 @@
+"""What every optimizer of this package shares: it is its base optimizer, and may hold a guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from safeopt.correction import StepGuard
+from safeopt.optim.reference import guarded_step, named_parameters, still_step
+
+Closure = Callable[[], Any]
+
+_EXCLUDED = {
+    "capturable": "its small solves are read on the host, which a captured graph cannot replay; "
+    "leave capturable=False, or train without a guard",
+    "differentiable": "its correction writes to the weights without a gradient; leave "
+    "differentiable=False, or train without a guard",
+}
+
+
+def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``step`` of an optimizer class without the layer that fires step hooks.
+
+    torch wraps ``step`` of every class that it instantiates. An optimizer that steps through
+    another class's ``step`` has that layer itself, and the hooks would fire twice.
+    """
+    inner: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
+    return inner
+
+
+def check_holdable(optimizer: Optimizer, guard: StepGuard) -> None:
+    """Raise if ``optimizer`` cannot be guarded.
+
+    Raises:
+        ValueError: a parameter is not in the guard's model, or an option that a guard excludes.
+    """
+    for option, reason in _EXCLUDED.items():
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise ValueError(f"{option}=True does not go together with a guard: {reason}")
+    named_parameters(optimizer, guard)
+
+
+class HoldsGuard(Optimizer):
+    """Mixin in front of a base optimizer whose step treats parameters one by one.
+
+    Without a guard the base optimizer's ``step`` runs as it is. With one, the base optimizer
+    proposes and the guard corrects (`safeopt.optim.reference.guarded_step`).
+    """
+
+    guard: StepGuard | None = None  # unpickled and copied optimizers come without one
+
+    def _hold(self, guard: StepGuard | None) -> None:
+        """Take the guard; the last line of a constructor.
+
+        Raises:
+            ValueError: a parameter is not in the guard's model, or an option that a guard excludes.
+        """
+        if guard is None:
+            return
+        check_holdable(self, guard)
+        self.guard = guard
+        # A fused base would let GradScaler hand it scaled gradients, and infinite ones, to sort
+        # out by itself; a guard has to see the step that is really taken.
+        self._step_supports_amp_scaling = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Raises:
+            ValueError: with a guard, if a parameter is not in its model.
+        """
+        before = list(self.param_groups)
+        super().add_param_group(param_group)
+        self._check_groups_added_to(before)
+
+    def _check_groups_added_to(self, before: list[dict[str, Any]]) -> None:
+        """Take new groups away again if the guard cannot take them."""
+        try:
+            if self.guard is not None:
+                check_holdable(self, self.guard)
+        except ValueError:
+            self.param_groups[:] = before
+            raise
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Take one optimization step.
+
+        Args:
+            closure: recomputes the loss and its gradient; called once, before the step.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            FloatingPointError: with a guard, if a gradient or an anchor loss is not finite.
+                Weights and optimizer state are untouched.
+        """
+        if self.guard is None:
+            return self._base_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            take_step = guarded_step if self._moves() else still_step
+            take_step(self, self.guard, lambda _: self._chunk_step())
+        return loss
+
+    def _moves(self) -> bool:
+        """False if no learning rate lets a weight move, as in the first step of a warm-up."""
+        return any(float(group["lr"]) != 0 for group in self.param_groups)
+
+    def _chunk_step(self) -> None:
+        """The base step on a few parameters; an optimizer may know a faster way for them."""
+        self._base_step()
+
+    def _base_step(self, closure: Closure | None = None) -> Any:
+        """The step of the base optimizer, on whatever ``param_groups`` holds."""
+        return unhooked(super().step.__func__)(self, closure)  # type: ignore[attr-defined]
