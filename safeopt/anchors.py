@@ -45,6 +45,11 @@ class AnchorBatch:
         tensors = (self.input_ids, self.attention_mask, self.labels)
         return AnchorBatch(*(t.to(device) for t in tensors))
 
+    def take(self, positions: Sequence[int]) -> AnchorBatch:
+        """Return some of the anchors, as long as they are padded here."""
+        chosen = list(positions)
+        return AnchorBatch(self.input_ids[chosen], self.attention_mask[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class Anchors:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.anchors import AnchorBatch, Anchors
+from safeopt.distributed import Ranks
 from safeopt.geometry.capture import AnchorLoss, check_finite, logits_of
 from safeopt.geometry.coverage import device_of
 from safeopt.isolation import undisturbed
@@ -26,6 +27,7 @@ class Calibration:
         budget: nats per token.
         reference: anchor loss, "nll" of the reply or "kl" from the aligned model on it.
         at_once: anchors in one forward pass.
+        ranks: the processes that train the model; all of them keep the first one's thresholds.
 
     Raises:
         ValueError: ``reference`` is neither.
@@ -33,7 +35,13 @@ class Calibration:
     """
 
     def __init__(
-        self, model: nn.Module, anchors: Anchors, budget: float, reference: Reference, at_once: int
+        self,
+        model: nn.Module,
+        anchors: Anchors,
+        budget: float,
+        reference: Reference,
+        at_once: int,
+        ranks: Ranks,
     ) -> None:
         if reference not in ("nll", "kl"):
             raise ValueError(f'reference must be "nll" or "kl", got {reference!r}')
@@ -48,7 +56,7 @@ class Calibration:
                 with undisturbed(model), torch.no_grad():
                     self._aligned += reply_distributions(logits_of(model, batch), batch.labels)
         losses = [self.measure(indices[start : start + at_once]) for start in indices[::at_once]]
-        self.thresholds = torch.cat(losses).cpu() + budget
+        self.thresholds = ranks.same(torch.cat(losses).cpu()) + budget
 
     def batch(self, indices: Sequence[int]) -> AnchorBatch:
         """The anchors at ``indices``, padded together, on the model's device."""

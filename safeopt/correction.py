@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from safeopt.geometry.gradient_sketch import GradientSketch
 from safeopt.geometry.moves import Retraction
+from safeopt.geometry.sharding import Coordinates
 
 if TYPE_CHECKING:
     from safeopt.guard import Guard
@@ -69,58 +68,52 @@ class LevelSetCorrection:
 
     Args:
         guard: keeps the eigenbasis, the violation and the schedule.
-        sketch: the anchors' gradients G.
+        blank: gives empty `Coordinates` over the guard's frame.
         momentum: gives the optimizer's first moments.
     """
 
-    def __init__(self, guard: Guard, sketch: GradientSketch, momentum: Momentum) -> None:
-        self._guard, self._sketch, self._momentum = guard, sketch, momentum
-        self._coefficients = torch.zeros_like(guard.violation)
-        self._squared_norm = 0.0
+    def __init__(self, guard: Guard, blank: Callable[[], Coordinates], momentum: Momentum) -> None:
+        self._guard, self._blank, self._momentum = guard, blank, momentum
+        self._step = blank()
         self._seconds = 0.0
 
     def observe(self, name: str, parameter: Tensor, displacement: Tensor) -> None:
         """Add one parameter's displacement to c = G s and to ||s||^2."""
         del parameter
         start = time.perf_counter()
-        self._coefficients += self._sketch.coefficients({name: displacement})
-        self._squared_norm += squared_norm(displacement)
+        self._step.add(name, displacement)
         self._seconds += time.perf_counter() - start
 
     def finish(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
         """Write tangent and retraction to the weights in one pass."""
         start = time.perf_counter()
+        self._step.sum_shards()
         metrics = self._write(parameters)
         self._seconds += time.perf_counter() - start
         metrics["safety/step_ms"] = 1e3 * self._seconds
-        self._guard.record_step(self._squared_norm**0.5, metrics)
+        self._guard.record_step(self._step.norm, metrics)
         return metrics
 
     def _write(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-        guard, sketch, seen = self._guard, self._sketch, self._coefficients
+        guard, seen, length = self._guard, self._step.coefficients, self._step.norm
         tangent = guard.tangent_weights(seen)
         removed = float(tangent @ seen)  # ||G^T a||^2, since G^T a projects s
-        length, remaining = self._squared_norm**0.5, max(0.0, self._squared_norm - removed) ** 0.5
-        needs_momentum = guard.momentum_orthogonal and guard.wants_retraction()
-        momentum = self._momentum() if needs_momentum else {}
-        along = sketch.coefficients(momentum)
-        retraction = self._retraction(remaining, momentum, along)
+        remaining = max(0.0, self._step.squared_norm - removed) ** 0.5
+        momentum = self._momentum() if guard.wants_momentum() else {}
+        along = self._blank()
+        for name, m in momentum.items():
+            along.add(name, m)
+        along.sum_shards()
+        retraction = guard.retraction_for(remaining, along.coefficients, along.norm)
         stored = self._subtract(parameters, tangent + retraction.weights, retraction, momentum)
         metrics = {
             "safety/removed_fraction": _ratio(removed**0.5, length),
             "safety/retraction_ratio": _ratio(retraction.norm, length),
         }
-        if guard.basis_age == 0:
-            metrics["safety/leak"] = _ratio(guard.leak_of(stored, retraction, along), remaining)
+        if stored is not None:
+            leak = guard.leak_of(stored, retraction, along.coefficients)
+            metrics["safety/leak"] = _ratio(leak, remaining)
         return metrics
-
-    def _retraction(
-        self, step_norm: float, momentum: Mapping[str, Tensor], along: Tensor
-    ) -> Retraction:
-        if not self._guard.wants_retraction():
-            return Retraction(torch.zeros_like(self._coefficients), 0.0, 0.0)
-        norm = sum(float(m.norm()) ** 2 for m in momentum.values()) ** 0.5
-        return self._guard.retraction_for(step_norm, along if momentum else None, norm)
 
     def _subtract(
         self,
@@ -128,24 +121,21 @@ class LevelSetCorrection:
         weights: Tensor,
         retraction: Retraction,
         momentum: Mapping[str, Tensor],
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Write -G^T a and the retraction's momentum; right after a refresh, return G d."""
         is_fresh = self._guard.basis_age == 0
-        stored = self._coefficients.clone()
+        change = self._blank()
         for name, p in parameters.items():
             before = p.detach().clone() if is_fresh else None
-            self._sketch.subtract_({name: p.detach()}, weights)
+            self._guard.frame.sketch.subtract_({name: p.detach()}, weights)
             if name in momentum and retraction.along:
                 p.detach().add_(momentum[name].to(p), alpha=retraction.along)
             if before is not None:
-                stored += self._sketch.coefficients({name: p.detach() - before})
-        return stored
-
-
-def squared_norm(tensor: Tensor) -> float:
-    """||t||^2, summed in fp32 or better."""
-    precision = torch.promote_types(tensor.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(tensor, dtype=precision)) ** 2
+                change.add(name, p.detach() - before)
+        if not is_fresh:
+            return None
+        change.sum_shards()
+        return self._step.coefficients + change.coefficients
 
 
 def _ratio(part: float, whole: float) -> float:

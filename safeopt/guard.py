@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from safeopt.anchors import Anchors, check_fits
 from safeopt.calibration import Calibration, Reference
 from safeopt.correction import LevelSetCorrection, Momentum
+from safeopt.distributed import Ranks, Share, process_group_of
 from safeopt.geometry.coverage import (
     Coverage,
     Uncovered,
+    device_of,
     find_coverage,
     freeze,
     trainable_names,
     unwrapped,
 )
+from safeopt.geometry.frame import Frame
 from safeopt.geometry.gradient_sketch import GradientSketch
 from safeopt.geometry.moves import (
     Eigenbasis,
@@ -85,6 +88,9 @@ class Guard:
         uncovered: trainable parameters that no rule covers: "error" names them, "ignore" lets
             them train unguarded, "freeze" stops them from training.
         seed: seed of the order in which anchors are drawn.
+        process_group: processes that hold the same weights and share the work of a refresh.
+            Found by itself under DistributedDataParallel or ``fully_shard``; pass
+            ``torch.distributed.group.WORLD`` if the model is wrapped later.
 
     Raises:
         ValueError: settings out of range, nothing trains, uncovered parameters, token ids or
@@ -113,8 +119,10 @@ class Guard:
         reference: Reference = "nll",
         uncovered: Uncovered = "error",
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.model = unwrapped(model)
+        self._process_group = process_group or process_group_of(model)
         self.anchors = anchors
         self.budget = budget
         self.refresh_every = refresh_every
@@ -134,13 +142,12 @@ class Guard:
         check_fits(self.model, anchors)
         self._may_ignore = uncovered == "ignore"
         self._cover(uncovered)
-        self._calibration = Calibration(self.model, anchors, budget, reference, anchors_per_refresh)
+        self._calibration = Calibration(
+            self.model, anchors, budget, reference, anchors_per_refresh, self.ranks
+        )
 
-        self.sketch: GradientSketch | None = None
+        self._frame: Frame | None = None
         self.violation = torch.zeros(0)
-        self._anchor_indices: list[int] = []
-        self._gram = torch.zeros(0, 0)
-        self._eigenbasis = Eigenbasis(torch.zeros(0), torch.zeros(0, 0))
         self._age = 0
         self._longest_step = 0.0
         self.brake = 1.0
@@ -192,33 +199,63 @@ class Guard:
         Args:
             names: parameters that the optimizer moves; all trainable ones by default.
         """
-        with self._timed("safety/refresh_ms"):
-            if self.transport or self.sketch is None:
-                self._measure_sketch(names)
-            else:
-                self._record_losses(self._calibration.measure(self._anchor_indices))
+        start = time.perf_counter()
+        if self.transport or self._frame is None:
+            self._frame = self._measure(names)
+            losses = self._frame.sketch.losses
+        else:
+            losses = self.ranks.same(self._calibration.measure(self._frame.anchors))
+        self._record_losses(losses, self._frame.anchors)
         self._age = 0
+        self._metrics["safety/refresh_ms"] = 1e3 * (time.perf_counter() - start)
 
-    def _measure_sketch(self, names: frozenset[str] | None) -> None:
+    def _measure(self, names: frozenset[str] | None) -> Frame:
         indices = self._sampler.draw()
-        sketch = GradientSketch.measure(
-            self.model,
-            self._coverage(names),
-            self._calibration.batch(indices),
-            self._calibration.loss(indices),
-            compression_rank=self.compression_rank,
-        )
-        gram = sketch.gram()
-        self._eigenbasis = Eigenbasis.of(gram, self.rank, self.eigenvalue_floor)
-        self.sketch, self._gram, self._anchor_indices = sketch, gram, indices
-        self._record_losses(sketch.losses)
 
-    def _record_losses(self, losses: Tensor) -> None:
-        self.violation = self._calibration.violation(losses, self._anchor_indices)
+        def sketch(share: Share) -> GradientSketch:
+            return GradientSketch.measure(
+                self.model,
+                self._coverage(names),
+                self._calibration.batch(indices).take(share.positions),
+                self._calibration.loss([indices[i] for i in share.positions]),
+                compression_rank=self.compression_rank,
+            )
+
+        return Frame.measure(indices, sketch, self.ranks, self._parameters, self._kept)
+
+    def _kept(self, gram: Tensor) -> Eigenbasis:
+        return Eigenbasis.of(gram, self.rank, self.eigenvalue_floor)
+
+    def _record_losses(self, losses: Tensor, anchors: Sequence[int]) -> None:
+        self.violation = self._calibration.violation(losses, anchors)
         self._metrics["safety/anchor_loss"] = float(losses.mean())
         self._metrics["safety/violation"] = float(self.violation.mean())
         if self.step_limit is not None:
             self.brake = next_brake(self.brake, float(self.violation.mean()), self.step_limit)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train the model, as it is sharded now."""
+        return Ranks.of(self._parameters(), self._process_group)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    @property
+    def frame(self) -> Frame:
+        """What the last refresh measured.
+
+        Raises:
+            RuntimeError: there has been none.
+        """
+        if self._frame is None:
+            raise RuntimeError("no sketch yet: call guard.refresh() or take an optimizer step")
+        return self._frame
+
+    @property
+    def sketch(self) -> GradientSketch | None:
+        """The anchors' gradients at the last refresh; None before the first."""
+        return None if self._frame is None else self._frame.sketch
 
     @property
     def thresholds(self) -> Tensor:
@@ -236,45 +273,51 @@ class Guard:
         """Refresh when the schedule says so; raises before anything has changed."""
         if self._is_due:
             self.refresh(names)
+        self._frame = self.frame.placed(self._parameters())
 
     @property
     def _is_due(self) -> bool:
-        if self.sketch is None or self._age >= self.refresh_every:
+        if self._frame is None or self._age >= self.refresh_every:
             return True
         # A LoRA adapter's first sketch is blind to lora_A, whose gradient is zero at the start.
-        return self.transport and self._age == 1 and self.sketch.has_silent_blocks()
+        return self.transport and self._age == 1 and self._frame.has_silence
 
     def correction(self, momentum: Momentum) -> LevelSetCorrection:
         """Begin the tangent and retraction moves of one step."""
-        assert self.sketch is not None
-        return LevelSetCorrection(self, self.sketch, momentum)
+        return LevelSetCorrection(self, self.frame.blank(self.ranks, self._parameters()), momentum)
 
     def tangent_weights(self, coefficients: Tensor) -> Tensor:
         """Return a of the tangent move s - G^T a for c = G s, (N,); zero when switched off."""
         if not self.tangent:
             return torch.zeros_like(coefficients)
-        return self._eigenbasis.tangent_weights(coefficients)
+        return self.frame.eigenbasis.tangent_weights(coefficients)
 
-    def wants_retraction(self) -> bool:
+    def _wants_retraction(self) -> bool:
         """True right after a refresh that found an anchor over its budget."""
         return self.retraction and self._age == 0 and bool((self.violation > 0).any())
 
+    def wants_momentum(self) -> bool:
+        """True if this step's retraction is to be orthogonal to the optimizer's momentum m."""
+        return self.momentum_orthogonal and self._wants_retraction()
+
     def retraction_for(
-        self, step_norm: float, momentum_coefficients: Tensor | None, momentum_norm: float
+        self, step_norm: float, momentum_coefficients: Tensor, momentum_norm: float
     ) -> Retraction:
-        """Return the retraction that undoes the violation found at the last refresh.
+        """Return the retraction that undoes the violation found at the last refresh, if any.
 
         Args:
             step_norm: ||s|| after the tangent move.
-            momentum_coefficients: G m, (N,); None when there is no momentum.
-            momentum_norm: ||m||.
+            momentum_coefficients: G m, (N,).
+            momentum_norm: ||m||; 0 when the retraction need not be orthogonal to it.
         """
-        weights = retraction_weights(self._gram, self.violation, self.damping)
+        if not self._wants_retraction():
+            return Retraction(torch.zeros_like(momentum_coefficients), 0.0, 0.0)
+        gram = self.frame.gram
+        weights = retraction_weights(gram, self.violation, self.damping)
         self._longest_step = max(self._longest_step, step_norm)
         cap = self.retraction_cap * math.sqrt(self.refresh_every) * self._longest_step
         cap = cap if step_norm > 0 else 0.0  # a step of length zero leaves the weights alone
-        along = momentum_coefficients if self.momentum_orthogonal else None
-        return capped_retraction(self._gram, weights, along, momentum_norm, cap)
+        return capped_retraction(gram, weights, momentum_coefficients, momentum_norm, cap)
 
     def leak_of(self, coefficients: Tensor, retraction: Retraction, along: Tensor) -> float:
         """Return ||U^T d|| of a stored change d, apart from an intended retraction.
@@ -284,8 +327,8 @@ class Guard:
             retraction: the retraction that is part of d.
             along: G m, (N,).
         """
-        intended = retraction.along * along - self._gram @ retraction.weights
-        return self._eigenbasis.component_norm(coefficients - intended)
+        intended = retraction.along * along - self.frame.gram @ retraction.weights
+        return self.frame.eigenbasis.component_norm(coefficients - intended)
 
     def record_step(self, step_norm: float, metrics: dict[str, float]) -> None:
         """Count a finished optimizer step of length ||s|| and keep its figures."""
@@ -309,31 +352,35 @@ class Guard:
         """
         metrics = dict(self._metrics)
         metrics |= {"safety/basis_age": float(self._age), "safety/brake": self.brake}
-        if self.sketch is not None:
-            metrics["safety/rank"] = float(len(self._eigenbasis.values))
-            metrics["safety/captured_energy"] = float(self.sketch.captured_energy.mean())
-            metrics["safety/sketch_mb"] = self.sketch.nbytes / 2**20
+        if self._frame is not None:
+            sketch = self._frame.sketch
+            metrics["safety/rank"] = float(len(self._frame.eigenbasis.values))
+            metrics["safety/captured_energy"] = float(sketch.captured_energy.mean())
+            metrics["safety/sketch_mb"] = sketch.nbytes / 2**20
         return metrics
 
     def spectrum(self) -> Tensor:
         """Eigenvalues of the last sketch's empirical Fisher, largest first, (N,)."""
-        if self.sketch is None:
-            raise RuntimeError("no sketch yet: call guard.refresh() or take an optimizer step")
-        return self.sketch.spectrum()
+        return self.frame.spectrum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-exact resume needs: thresholds, schedule, sketch."""
-        sketch = {} if self.sketch is None else self.sketch.state_dict()
+        """Everything that a bit-exact resume needs: thresholds, schedule, sketch.
+
+        It is the same on every process. With sharded parameters it is a collective: call it on
+        all of them.
+        """
+        frame = self._frame
         return {
             "calibration": self._calibration.state_dict(),
             "age": self._age,
             "longest_step": self._longest_step,
             "brake": self.brake,
-            "metrics": dict(self._metrics),
             "sampler": self._sampler.state_dict(),
-            "anchor_indices": torch.tensor(self._anchor_indices, dtype=torch.int64),
-            "violation": self.violation,
-            "sketch": sketch,
+            # A tuple is one leaf to torch.distributed.checkpoint, which otherwise loads tensors
+            # into those that are there already; before the first refresh there are none.
+            "violation": (self.violation,),
+            "frame": (frame and frame.state_dict(self.ranks, self._parameters()),),
+            "metrics": (dict(self._metrics),),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -344,17 +391,9 @@ class Guard:
         """
         self._calibration.load_state_dict(state["calibration"])
         self._sampler.load_state_dict(state["sampler"])
-        self._anchor_indices = state["anchor_indices"].tolist()
-        self.violation, self._age = state["violation"], state["age"]
+        self._age = state["age"]
         self._longest_step, self.brake = state["longest_step"], state["brake"]
-        self._metrics = dict(state["metrics"])
-        if state["sketch"]:
-            self.sketch = GradientSketch.from_state_dict(state["sketch"])
-            self._gram = self.sketch.gram()
-            self._eigenbasis = Eigenbasis.of(self._gram, self.rank, self.eigenvalue_floor)
-
-    @contextmanager
-    def _timed(self, key: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._metrics[key] = 1e3 * (time.perf_counter() - start)
+        device, (violation,), (frame,) = device_of(self.model), state["violation"], state["frame"]
+        self.violation = violation.to(device)
+        self._frame = frame and Frame.from_state_dict(frame, self._kept, device)
+        self._metrics = dict(state["metrics"][0])

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
+
+from safeopt.distributed import reshard
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the body in eval mode and restore modes, buffers and RNG state, also on errors."""
+    """Run the body in eval mode and restore modes, buffers and RNG state, also on errors.
+
+    Compiled modules run as they are written, since compiled code does not see new hooks, and
+    reentrant activation checkpointing is off, since it allows no ``torch.autograd.grad``.
+    """
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), _uncompiled(), _without_reentrant_checkpoints():
             for module, _ in modes:
                 module.training = False
             yield
@@ -27,3 +36,31 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, saved in buffers:
                 if not torch.equal(buffer, saved):
                     buffer.copy_(saved)
+        reshard(model)
+
+
+def _uncompiled() -> Any:
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it is slow
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+class _NoCheckpoint:
+    """Stands in for ``torch.utils.checkpoint.CheckpointFunction``: keeps the activations."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *inputs: Any) -> Any:
+        return function(*inputs)
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    # Models that follow transformers' layers switch it off in eval mode by themselves; for the
+    # rest, torch has no switch but this name.
+    checkpoint: Any = torch.utils.checkpoint
+    original = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _NoCheckpoint
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from safeopt.correction import Momentum, squared_norm
+from safeopt.correction import Momentum
 from safeopt.geometry.adapters import bind, clear_adapters
+from safeopt.geometry.blocks import squared_norm
 from safeopt.geometry.coverage import Uncovered, freeze, unwrapped
 from safeopt.geometry.subspace import Pieces, removed_by
 

@@ -42,13 +42,13 @@ class AnchorSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in every pool and the generator's state."""
-        queues = {str(i): torch.tensor(q, dtype=torch.int64) for i, q in enumerate(self._queues)}
+        queues = [list(queue) for queue in self._queues]
         return {"generator": self._generator.get_state(), "queues": queues}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._generator.set_state(state["generator"])
-        self._queues = [state["queues"][str(i)].tolist() for i in range(len(self._queues))]
+        self._queues = [list(queue) for queue in state["queues"]]
 
 
 def _shares(sizes: list[int], total: int) -> list[int]:

@@ -26,6 +26,9 @@ class Block(Protocol):
     def subtract_(self, step: Tensor, weights: Tensor) -> None:
         """Write step -= sum_i weights_i G_i."""
 
+    def bound(self) -> Tensor:
+        """Return an upper bound on the norm of all N gradients together; 0 only if they are 0."""
+
     def dense(self, shape: torch.Size) -> Tensor:
         """Return the gradients themselves, (N, *shape)."""
 
@@ -72,6 +75,11 @@ class LowRankBlock:
         else:
             step.copy_(step.float() - left.T @ right)
 
+    def bound(self) -> Tensor:
+        """Return an upper bound on the norm of all N gradients together; 0 only if they are 0."""
+        bound: Tensor = self.left.norm() * self.right.norm()
+        return bound
+
     def dense(self, shape: torch.Size) -> Tensor:
         """Return the gradients themselves, (N, m, n)."""
         return (self.left.mT @ self.right).view(-1, *shape)
@@ -113,6 +121,11 @@ class RowsBlock:
         change.index_add_(0, position.flatten(), rows.flatten(0, 1))
         step[ids] = (step[ids].float() - change).to(step.dtype)
 
+    def bound(self) -> Tensor:
+        """Return an upper bound on the norm of all N gradients together; 0 only if they are 0."""
+        bound: Tensor = self.rows.norm()
+        return bound
+
     def dense(self, shape: torch.Size) -> Tensor:
         """Return the gradients themselves, (N, vocabulary, d)."""
         result = self.rows.new_zeros(len(self.ids), *shape)
@@ -149,9 +162,20 @@ class DenseBlock:
         change = weights.to(self.rows) @ self.rows
         step.copy_((step.float() - change.view_as(step)).to(step.dtype))
 
+    def bound(self) -> Tensor:
+        """Return an upper bound on the norm of all N gradients together; 0 only if they are 0."""
+        bound: Tensor = self.rows.norm()
+        return bound
+
     def dense(self, shape: torch.Size) -> Tensor:
         """Return the gradients themselves, (N, *shape)."""
         return self.rows.view(-1, *shape)
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """||t||^2, summed in fp32 or better."""
+    precision = torch.promote_types(tensor.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(tensor, dtype=precision)) ** 2
 
 
 def cross_gram(first: Block, second: Block) -> Tensor:

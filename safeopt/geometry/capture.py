@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +26,13 @@ class Call:
     Attributes:
         inputs: what the module was given, detached.
         keywords: keyword arguments it was given, detached.
+        parameters: values of the site's parameters, where they are to be replayed.
         edge: where the gradient of its output arrives.
     """
 
     inputs: tuple[Any, ...]
     keywords: dict[str, Any]
+    parameters: dict[str, Tensor]
     edge: GradientEdge
 
 
@@ -39,12 +42,15 @@ class CapturedCall:
 
     inputs: tuple[Any, ...]
     keywords: dict[str, Any]
+    parameters: dict[str, Tensor]
     gradient: Tensor
 
 
 @dataclass
 class _Recorder:
+    site: Site
     calls: list[Call] = field(default_factory=list)
+    is_without_graph: bool = False
 
     def __call__(
         self, module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any
@@ -54,9 +60,18 @@ class _Recorder:
                 f"{type(module).__name__} owns trainable parameters but does not return a "
                 "tensor; freeze them or pass uncovered='ignore'"
             )
-        if output.requires_grad:  # the edge, unlike the tensor, survives in-place writes
-            named = {name: _detached(x) for name, x in keywords.items()}
-            self.calls.append(Call(tuple(map(_detached, inputs)), named, get_gradient_edge(output)))
+        if not output.requires_grad:
+            self.is_without_graph = True
+            return
+        given = tuple(map(_detached, inputs)), {k: _detached(x) for k, x in keywords.items()}
+        edge = get_gradient_edge(output)  # unlike the tensor, it survives in-place writes
+        self.calls.append(Call(*given, self._values(module), edge))
+
+    def _values(self, module: nn.Module) -> dict[str, Tensor]:
+        """Copies, since ``fully_shard`` frees a whole parameter after the module's forward."""
+        if self.site.rule != "small":
+            return {}
+        return {local: getattr(module, local).detach().clone() for local in self.site.parameters}
 
 
 def _detached(value: Any) -> Any:
@@ -114,26 +129,37 @@ def capture(
         The losses, (N,), and one list of calls per site.
 
     Raises:
-        FloatingPointError: a loss is not finite.
-        TypeError: a module folds the batch dimension away, so that anchors cannot be told apart.
+        FloatingPointError: a loss is not finite; found out after the backward pass, in which all
+            processes of a sharded model must take part.
+        TypeError: a module folds the batch dimension away, so that anchors cannot be told apart,
+            or runs without an autograd graph.
         ValueError: no parameter of the sites takes part in the forward pass.
     """
-    recorders = [_Recorder() for _ in sites]
-    handles = [
-        site.module.register_forward_hook(recorder, with_kwargs=True)
-        for site, recorder in zip(sites, recorders, strict=True)
-    ]
-    try:
-        with undisturbed(model), torch.enable_grad():
+    recorders = [_Recorder(site) for site in sites]
+    # The backward pass too is undisturbed: checkpointing runs the modules once more in it.
+    with undisturbed(model), torch.enable_grad():
+        with _recorded(recorders):
             losses = loss(logits_of(model, batch), batch.labels)
             total = losses.sum()
+        _check_graph(recorders)
+        calls = _output_gradients(total, recorders)
+    check_finite(losses)
+    _check_batch_dimension(sites, calls, len(batch))
+    return losses.detach(), calls
+
+
+@contextmanager
+def _recorded(recorders: list[_Recorder]) -> Iterator[None]:
+    """Hook every site; first in line, so that what is recorded is the module's own forward."""
+    handles = [
+        recorder.site.module.register_forward_hook(recorder, with_kwargs=True, prepend=True)
+        for recorder in recorders
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    check_finite(losses)
-    calls = _output_gradients(total, recorders)
-    _check_batch_dimension(sites, calls, len(batch))
-    return losses.detach(), calls
 
 
 def check_finite(losses: Tensor) -> None:
@@ -144,6 +170,17 @@ def check_finite(losses: Tensor) -> None:
             "overflow in this precision; go back to the last good checkpoint or lower the "
             "learning rate"
         )
+
+
+def _check_graph(recorders: list[_Recorder]) -> None:
+    for recorder in recorders:
+        if recorder.is_without_graph and not recorder.calls:
+            raise TypeError(
+                f"module {recorder.site.name!r} ran without an autograd graph (inside "
+                "torch.no_grad(), or a checkpointing function that hides it), so its gradient "
+                f"cannot be seen; freeze {sorted(recorder.site.parameters.values())}, or use "
+                "torch's own activation checkpointing"
+            )
 
 
 def _check_batch_dimension(
@@ -175,5 +212,7 @@ def _output_gradients(total: Tensor, recorders: list[_Recorder]) -> list[list[Ca
     captured = []
     for recorder in recorders:
         pairs = [(call, next(gradients)) for call in recorder.calls]
-        captured.append([CapturedCall(c.inputs, c.keywords, g) for c, g in pairs if g is not None])
+        captured.append(
+            [CapturedCall(c.inputs, c.keywords, c.parameters, g) for c, g in pairs if g is not None]
+        )
     return captured

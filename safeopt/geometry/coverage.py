@@ -78,7 +78,7 @@ def find_coverage(model: nn.Module, only: frozenset[str] | None = None) -> Cover
 def _rule(module: nn.Module) -> Rule | None:
     if isinstance(module, nn.Linear):
         return "linear"
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's transposed linear
+    if _is_transposed_linear(module):
         return "conv1d"
     if isinstance(module, nn.Embedding):
         return None if module.max_norm is not None or module.scale_grad_by_freq else "embedding"
@@ -87,6 +87,11 @@ def _rule(module: nn.Module) -> Rule | None:
     is_leaf = next(module.children(), None) is None
     sizes = [p.numel() for p in module.parameters(recurse=False)]
     return "small" if is_leaf and max(sizes) <= SMALL_PARAMETER else None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """True for GPT-2's linear layer, also under the subclass that ``fully_shard`` makes of it."""
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf")
 
 
 def trainable_names(model: nn.Module) -> list[str]:

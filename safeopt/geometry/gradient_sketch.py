@@ -123,10 +123,21 @@ class GradientSketch:
         eigenvalues: Tensor = torch.linalg.eigvalsh(self.gram())
         return eigenvalues.flip(0).clamp(min=0) / len(self)
 
-    def has_silent_blocks(self) -> bool:
-        """True if some parameter has no gradient at all, as ``lora_A`` at initialisation."""
-        energies = [sum(float(b.gram().trace()) for b in bs) for bs in self.blocks.values()]
-        return any(energy == 0.0 for energy in energies)
+    def bounds(self) -> Tensor:
+        """Return an upper bound on each parameter's gradient norms; 0 only if they are 0."""
+        sums = [torch.stack([b.bound() for b in blocks]).sum() for blocks in self.blocks.values()]
+        return torch.stack(sums)
+
+    def to(self, device: torch.device) -> GradientSketch:
+        """Return the same sketch on ``device``."""
+        blocks = {
+            name: tuple(
+                from_state({key: value.to(device) for key, value in to_state(block).items()})
+                for block in parameter_blocks
+            )
+            for name, parameter_blocks in self.blocks.items()
+        }
+        return GradientSketch(blocks, self.losses.to(device), self.captured_energy.to(device))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by parameter name and block number, for a checkpoint."""
@@ -206,9 +217,21 @@ def _small_blocks(site: Site, calls: list[CapturedCall]) -> list[tuple[str, Bloc
     return [(site.parameters[local], DenseBlock(rows)) for local, rows in totals.items()]
 
 
+class _WithoutHooks(nn.Module):
+    """A module's own forward: what was captured lies inside its hooks, ``fully_shard``'s too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        return self.module.forward(*inputs, **keywords)
+
+
 def _per_anchor_vjp(site: Site, call: CapturedCall) -> dict[str, Tensor]:
     """Replay one small module per anchor: the rule that covers any norm, scale or bias."""
-    parameters = {local: getattr(site.module, local).detach() for local in site.parameters}
+    bare = _WithoutHooks(site.module)
+    parameters = {f"module.{local}": value for local, value in call.parameters.items()}
     count = call.gradient.shape[0]
     given = [*call.inputs, *call.keywords.values()]
     is_batched = [isinstance(x, Tensor) and x.shape[:1] == (count,) for x in given]
@@ -219,7 +242,7 @@ def _per_anchor_vjp(site: Site, call: CapturedCall) -> dict[str, Tensor]:
         keywords = dict(zip(call.keywords, rows[len(call.inputs) :], strict=True))
 
         def run(values: dict[str, Tensor]) -> Tensor:
-            output: Tensor = functional_call(site.module, values, inputs, keywords)
+            output: Tensor = functional_call(bare, values, inputs, keywords)
             return output
 
         output, pullback, *_ = vjp(run, parameters)
@@ -228,7 +251,9 @@ def _per_anchor_vjp(site: Site, call: CapturedCall) -> dict[str, Tensor]:
 
     dims = (0, *(0 if row else None for row in is_batched))
     gradients = vmap(one_anchor, in_dims=dims)(call.gradient, *given)
-    return {name: g.reshape(count, -1).float() for name, g in gradients.items()}
+    return {
+        local: gradients[f"module.{local}"].reshape(count, -1).float() for local in site.parameters
+    }
 
 
 def _captured_energy(factors: list[Factors], losses: Tensor) -> Tensor:

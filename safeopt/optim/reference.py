@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safeopt.correction import StepGuard
+from safeopt.distributed import Ranks, local, reshard
 from safeopt.layouts import flattened_hint
 
 BaseStep = Callable[[Optimizer], Any]
@@ -51,8 +52,8 @@ def guarded_step(
     correction = guard.correction(lambda: momentum_of(optimizer, parameters))
     moves = moved_by or chunk_by_chunk
     for name, displacement in moves(optimizer, parameters, base_step, guard.brake):
-        correction.observe(name, parameters[name].detach(), displacement)
-    correction.finish(parameters)
+        correction.observe(name, local(parameters[name]), displacement)
+    correction.finish({name: local(p) for name, p in parameters.items()})
 
 
 def still_step(optimizer: Optimizer, guard: StepGuard, base_step: BaseStep) -> None:
@@ -73,6 +74,7 @@ def named_parameters(optimizer: Optimizer, guard: StepGuard) -> dict[str, Tensor
     Raises:
         ValueError: a parameter is not one of the model's.
     """
+    reshard(guard.model)
     names = {id(p): name for name, p in guard.model.named_parameters()}
     parameters = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -88,8 +90,9 @@ def named_parameters(optimizer: Optimizer, guard: StepGuard) -> dict[str, Tensor
 
 
 def check_gradients(parameters: dict[str, Tensor]) -> None:
-    """Raise if a gradient is sparse or not finite, before anything has changed."""
-    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None and p.numel()}
+    """Raise if a gradient is sparse or, on any process, not finite; nothing has changed yet."""
+    gradients = {n: local(p.grad) for n, p in parameters.items() if p.grad is not None}
+    gradients = {n: gradient for n, gradient in gradients.items() if gradient.numel()}
     for name, gradient in gradients.items():
         if gradient.is_sparse:
             raise ValueError(
@@ -100,12 +103,14 @@ def check_gradients(parameters: dict[str, Tensor]) -> None:
     largest = torch._foreach_norm(list(gradients.values()), torch.inf) if gradients else []
     # One look for all of them: each look makes the host wait for the device.
     finite = [value.isfinite() for value in largest]
-    if not finite or bool(torch.stack([f.to(finite[0].device) for f in finite]).all()):
+    is_good = not finite or bool(torch.stack([f.to(finite[0].device) for f in finite]).all())
+    if not Ranks.of(parameters).any_shard(not is_good):
         return
-    name = next(name for name, f in zip(gradients, finite, strict=True) if not bool(f))
+    bad = [repr(name) for name, f in zip(gradients, finite, strict=True) if not bool(f)]
     raise FloatingPointError(
-        f"the gradient of {name!r} is not finite, so the step was not taken: the loss is NaN or "
-        "overflowed; skip this batch, clip gradients or lower the learning rate"
+        f"the gradient of {bad[0] if bad else 'a parameter on another process'} is not finite, so "
+        "the step was not taken: the loss is NaN or overflowed; skip this batch, clip gradients "
+        "or lower the learning rate"
     )
 
 
@@ -130,7 +135,7 @@ def chunk_by_chunk(
                 optimizer.param_groups = [{**group, "params": chunk, "lr": lr}]
                 base_step(optimizer)
                 for p, old in zip(chunk, before, strict=True):
-                    yield names[id(p)], torch.sub(p.detach(), old, out=old)
+                    yield names[id(p)], torch.sub(local(p), old, out=old)
     finally:
         optimizer.param_groups = groups
 
@@ -143,11 +148,11 @@ def all_at_once(
     For optimizers that share state between parameters, or of which nothing is known; it takes a
     copy of all parameters. The learning rate is multiplied by ``brake`` for this step alone.
     """
-    before = {name: p.detach().clone() for name, p in parameters.items()}
+    before = {name: local(p).clone() for name, p in parameters.items()}
     with _braked(optimizer.param_groups, brake):
         base_step(optimizer)
     for name, p in parameters.items():
-        yield name, torch.sub(p.detach(), before.pop(name))
+        yield name, torch.sub(local(p), before.pop(name))
 
 
 @contextmanager
@@ -170,13 +175,14 @@ def _braked(groups: list[dict[str, Any]], brake: float) -> Iterator[None]:
 
 def _copies(scratch: Tensor, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Copies of the parameters in ``scratch``, which grows when it is too small."""
-    sizes = [p.numel() for p in parameters]
-    first = parameters[0]
+    parts = [local(p) for p in parameters]
+    sizes = [part.numel() for part in parts]
+    first = parts[0]
     if (scratch.dtype, scratch.device) != (first.dtype, first.device) or len(scratch) < sum(sizes):
         scratch = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-    parts = scratch[: sum(sizes)].split(sizes)
-    copies = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
-    torch._foreach_copy_(copies, [p.detach() for p in parameters])
+    pieces = scratch[: sum(sizes)].split(sizes)
+    copies = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+    torch._foreach_copy_(copies, parts)
     return scratch, copies
 
 
@@ -194,11 +200,11 @@ def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def momentum_of(optimizer: Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's first moments by parameter name; those that it keeps."""
+    """The optimizer's first moments by parameter name, this process's part of each."""
     found = {}
     for name, p in parameters.items():
         state = optimizer.state.get(p, {})
         moment = next((state[key] for key in _MOMENTUM_KEYS if key in state), None)
         if isinstance(moment, Tensor):
-            found[name] = moment
+            found[name] = local(moment)
     return found

@@ -1,0 +1,30 @@
+"""Several processes take the steps of one: weights and telemetry."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.jobs import assert_equal, train
+from tests.distributed.ranks import run_ranks
+
+pytestmark = pytest.mark.multi
+
+CASES = [
+    ("ddp", "llama", 1),
+    ("ddp", "llama", 2),
+    ("ddp", "tied-llama", 3),
+    ("fsdp", "llama", 1),
+    ("fsdp", "tied-llama", 2),
+    ("fsdp", "gpt2", 3),  # 32 and 97 rows over 3: uneven shards
+    ("fsdp", "lora-llama", 3),  # lora_A has 4 rows: the third shard is empty
+    ("hsdp", "llama", 2),
+    ("hsdp", "llama", 4),
+]
+
+
+@pytest.mark.parametrize(("kind", "architecture", "world"), CASES)
+def test_ranks_take_the_steps_of_one_process(kind: str, architecture: str, world: int) -> None:
+    expected = train("single", architecture)
+    assert any(figures["safety/retraction_ratio"] > 0 for figures in expected[1])
+    for found in run_ranks(world, train, kind, architecture):
+        assert_equal(found, expected)
