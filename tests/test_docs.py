@@ -40,13 +40,14 @@ def test_make_targets_named_in_the_readme_exist() -> None:
     assert named <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
 
 
+@pytest.mark.supports(host="plain loop", feature="full")
 def test_the_two_lines_of_the_readme_train(
     make_model: Callable[..., Any],
     tokenizer: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (diff,), (anchors,) = blocks(README, "diff"), blocks(README, "json")
+    (diff, *_), (anchors,) = blocks(README, "diff"), blocks(README, "json")
     monkeypatch.chdir(tmp_path)
     Path("anchors.jsonl").write_text(anchors, encoding="utf-8")
     new = "\n".join(line[2:] for line in diff.splitlines() if line.startswith("+"))

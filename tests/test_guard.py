@@ -296,6 +296,7 @@ def test_spectrum_needs_a_sketch() -> None:
         safeopt.Guard(llama(), random_anchors()).spectrum()
 
 
+@pytest.mark.supports(host="plain loop", feature="resume")
 @pytest.mark.parametrize("reference", ["nll", "kl"])
 @pytest.mark.parametrize("stop", [2, 3])
 def test_resume_is_bit_exact_across_a_refresh(tmp_path: Any, stop: int, reference: Any) -> None:

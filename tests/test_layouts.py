@@ -42,6 +42,7 @@ def fsdp1(model: nn.Module, use_orig_params: bool, nested: bool) -> nn.Module:
         )
 
 
+@pytest.mark.supports(host="FSDP1", feature="full", refused=True)
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("use_orig_params", [False, True])
@@ -60,6 +61,7 @@ def train_one_step(model: nn.Module, guard: safeopt.Guard) -> None:
     take_training_step(model, optimizer)
 
 
+@pytest.mark.supports(host="DeepSpeed ZeRO", feature="full", refused=True)
 def test_parameters_partitioned_by_zero_3_are_refused() -> None:
     model = llama()
     guard = safeopt.Guard(model, random_anchors(), refresh_every=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -140,6 +141,31 @@ def test_folder_kernels_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists(), (
         "a top-level package called kernels breaks transformers"
     )
+
+
+def test_folder_kernels_shadows_no_real_package(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("real = True\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels; print(kernels.real)"],
+        cwd=ROOT,  # which comes first on the path
+        env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_transformers_does_not_take_folder_kernels_for_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.utils.import_utils import is_kernels_available
+
+    monkeypatch.syspath_prepend(ROOT)
+    is_kernels_available.cache_clear()
+    assert importlib.util.find_spec("kernels") is not None
+    assert is_kernels_available() == ("kernels" in importlib.metadata.packages_distributions())
 
 
 @pytest.fixture(scope="module")

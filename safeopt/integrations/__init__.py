@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOMES = {
-    "SafeAdamWFactory": "safeopt.integrations.transformers",
-    "GuardCallback": "safeopt.integrations.transformers",
-}
+_HOSTS = ("accelerate", "lightning", "transformers")
+_FROM_TRANSFORMERS = ("GuardCallback", "SafeAdamWFactory")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOSTS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _FROM_TRANSFORMERS:
+        return getattr(importlib.import_module(f"{__name__}.transformers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

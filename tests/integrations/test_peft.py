@@ -32,6 +32,8 @@ def train(model: nn.Module, guard: safeopt.Guard, steps: int = 4, seed: int = 0)
         take_training_step(model, optimizer, batch)
 
 
+@pytest.mark.supports(host="plain loop", feature="LoRA")
+@pytest.mark.supports(host="plain loop", feature="DoRA")
 @pytest.mark.parametrize("make", [lora_llama, dora_llama])
 def test_only_the_adapter_moves_and_merging_keeps_what_it_learned(make: Any) -> None:
     model = make()
@@ -99,6 +101,7 @@ def test_a_head_that_trains_beside_the_adapter_is_guarded() -> None:
     assert set(guard.sketch.blocks) == set(trainable(model))
 
 
+@pytest.mark.supports(host="plain loop", feature="LoRA on 4 bits")
 def test_adapter_on_a_four_bit_base_is_guarded() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     base = llama(hidden_size=64, intermediate_size=64)

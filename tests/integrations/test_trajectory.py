@@ -15,6 +15,10 @@ from tests.integrations.hosts import CountingGuard, Weights
 
 # A fresh adapter is refreshed once more, after its first step.
 REFRESHES = {"full": 2, "lora": 3}
+KINDS = [
+    pytest.param("full", marks=pytest.mark.supports(feature="full")),
+    pytest.param("lora", marks=pytest.mark.supports(feature="LoRA")),
+]
 
 
 @functools.cache
@@ -45,14 +49,22 @@ def test_guard_and_training_move_the_weights_far_beyond_the_tolerance(
     assert all(torch.equal(guarded[name], start[name]) for name in frozen)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("host", ["accelerate", "trainer", "lightning"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param("accelerate", marks=pytest.mark.supports(host="Accelerate")),
+        pytest.param("trainer", marks=pytest.mark.supports(host="Trainer")),
+        pytest.param("lightning", marks=pytest.mark.supports(host="Lightning")),
+    ],
+)
 def test_every_host_takes_the_steps_of_a_plain_loop(host: str, kind: str, tmp_path: Path) -> None:
     trained, guard = hosts.run(hosts.HOSTS[host], kind, tmp_path)
     assert_same_run(kind, trained, guard.refreshes)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.supports(host="SFTTrainer")
+@pytest.mark.parametrize("kind", KINDS)
 def test_sft_trainer_takes_the_steps_of_a_plain_loop(
     kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -81,7 +93,8 @@ def start_processes(host: str, kind: str, folder: Path, world: int = 2) -> list[
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.supports(host="Accelerate, DDP x 2")
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_accelerate_processes_take_the_steps_of_a_plain_loop(kind: str, tmp_path: Path) -> None:
     for left in start_processes("accelerate", kind, tmp_path):
         assert_same_run(kind, left["weights"], left["refreshes"])

@@ -68,6 +68,7 @@ def training_figures(record: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in record.items() if k != "step_seconds" and "safety/" not in k}
 
 
+@pytest.mark.supports(host="`safeopt.training` and the recipes", feature="figures logged")
 @pytest.mark.parametrize("optimizer", ["adamw", "safe_adamw"])
 def test_training_lowers_the_loss_and_logs_every_step(run: Setup, optimizer: str) -> None:
     run("a", optimizer=optimizer, max_steps=30)
@@ -78,6 +79,7 @@ def test_training_lowers_the_loss_and_logs_every_step(run: Setup, optimizer: str
     assert ("safety/anchor_loss" in metrics[0]) == (optimizer == "safe_adamw")
 
 
+@pytest.mark.supports(host="`safeopt.training` and the recipes", feature="resume")
 @pytest.mark.parametrize(
     ("optimizer", "tied"), [("adamw", False), ("safe_adamw", False), ("safe_adamw", True)]
 )
@@ -94,6 +96,7 @@ def test_resume_is_bit_exact(run: Setup, optimizer: str, tied: bool) -> None:
     assert list(map(training_figures, old)) == list(map(training_figures, new))
 
 
+@pytest.mark.supports(host="`safeopt.training` and the recipes", feature="accumulation")
 def test_one_by_eight_equals_eight_by_one(run: Setup) -> None:
     pairs = [{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}]
     pairs.append({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8})
@@ -103,6 +106,7 @@ def test_one_by_eight_equals_eight_by_one(run: Setup) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.supports(host="`safeopt.training` and the recipes", feature="full")
 def test_every_optimizer_sees_the_same_batches(run: Setup) -> None:
     run("a", optimizer="adamw")
     run("b", optimizer="safe_adamw")
@@ -132,6 +136,7 @@ def test_saved_model_loads_and_equals_the_trained_one(run: Setup) -> None:
     assert not any(name.startswith(".") for name in names)
 
 
+@pytest.mark.supports(host="`safeopt.training` and the recipes", feature="LoRA")
 def test_lora_trains_and_saves_the_adapter_alone(run: Setup) -> None:
     model = run.make_model()
     before = weights(model)
