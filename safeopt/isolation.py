@@ -15,17 +15,22 @@ from safeopt.distributed import reshard
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, *, reentrant: bool = False) -> Iterator[None]:
     """Run the body in eval mode and restore modes, buffers and RNG state, also on errors.
 
     Compiled modules run as they are written, since compiled code does not see new hooks, and
     reentrant activation checkpointing is off, since it allows no ``torch.autograd.grad``.
+
+    Args:
+        model: the model.
+        reentrant: leave reentrant checkpointing on, for a plain ``backward()``.
     """
+    checkpoints = nullcontext() if reentrant else _without_reentrant_checkpoints()
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices), _uncompiled(), _without_reentrant_checkpoints():
+        with torch.random.fork_rng(devices), _uncompiled(), checkpoints:
             for module, _ in modes:
                 module.training = False
             yield
