@@ -141,14 +141,15 @@ class Exact:
                 product: dict[str, Tensor] = jvp(gradient, (point,), (along,))[1]
             except (NotImplementedError, RuntimeError):
                 product = grad(slope)(point)
-        return product
+        return {name: h.detach() for name, h in product.items()}
 
     def output_product(self, outputs: Outputs, inner: Inner, v: Vector) -> dict[str, Tensor]:
         """J^T B J v, by ``jvp`` and one ordinary backward pass."""
         point, along = self._point(v)
         with self._differentiable():
             value, change, *_ = jvp(self._function(outputs), (point,), (along,))
-        return pullback(self._model, self.parameters, outputs, inner(value, change))
+        weights = inner(value.detach(), change.detach())
+        return pullback(self._model, self.parameters, outputs, weights)
 
     def _point(self, v: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         point = {name: p.detach() for name, p in self.parameters.items()}
