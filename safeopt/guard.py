@@ -35,6 +35,7 @@ from safeopt.geometry.moves import (
 )
 from safeopt.layouts import refuse_flattened
 from safeopt.sampling import AnchorSampler
+from safeopt.schedule import RefreshSchedule
 
 _POSITIVE_SETTINGS = (
     "refresh_every",
@@ -56,7 +57,7 @@ class Guard:
        and K = G G^T = V Omega V^T, so that no anchor loss changes to first order;
     2. *retraction*, at a refresh: r_i = max(0, l_i - tau_i) is undone by v = -G^T a with
        (K + damping tr(K)/N I) a = r, a >= 0, not longer than
-       retraction_cap sqrt(refresh_every) max ||s||, the maximum over the run so far;
+       retraction_cap sqrt(period) max ||s||, with the maximum over the run so far;
     3. *transport*: G is measured afresh every ``refresh_every`` steps, and if the anchors have
        moved by more than ``step_limit`` since the last time, the learning rate is cut until they
        no longer do.
@@ -68,6 +69,8 @@ class Guard:
         anchors: 16 to 512 examples whose behaviour must stay.
         budget: how far an anchor's loss may rise above the aligned model's, nats per token.
         refresh_every: p, optimizer steps between two refreshes.
+        refresh_within: longest period; a refresh then comes, after p steps or more, when second
+            order predicts that the budget will be passed (`safeopt.schedule`).
         anchors_per_refresh: N, anchors looked at in one refresh; drawn in turn from all.
         rank: k, eigenvectors kept; None keeps all above ``eigenvalue_floor``.
         compression_rank: q, singular directions kept per anchor and matrix; None keeps exact
@@ -105,6 +108,7 @@ class Guard:
         *,
         budget: float = 0.02,
         refresh_every: int = 5,
+        refresh_within: int | None = None,
         anchors_per_refresh: int = 8,
         rank: int | None = None,
         compression_rank: int | None = 8,
@@ -138,6 +142,7 @@ class Guard:
         self.transport = transport
         self.anchors_per_refresh = anchors_per_refresh
         self._check_settings()
+        self._schedule = RefreshSchedule(refresh_every, refresh_within, budget)
         self._sampler = AnchorSampler(anchors.kinds, anchors_per_refresh, seed)
         check_fits(self.model, anchors)
         self._may_ignore = uncovered == "ignore"
@@ -145,12 +150,9 @@ class Guard:
         self._calibration = Calibration(
             self.model, anchors, budget, reference, anchors_per_refresh, self.ranks
         )
-
         self._frame: Frame | None = None
         self.violation = torch.zeros(0)
-        self._age = 0
-        self._longest_step = 0.0
-        self.brake = 1.0
+        self._longest_step, self.brake = 0.0, 1.0
         self._metrics: dict[str, float] = {}
 
     # -- construction ----------------------------------------------------------------------
@@ -206,7 +208,7 @@ class Guard:
         else:
             losses = self.ranks.same(self._calibration.measure(self._frame.anchors))
         self._record_losses(losses, self._frame.anchors)
-        self._age = 0
+        self._schedule.refreshed(float(self.violation.mean()))
         self._metrics["safety/refresh_ms"] = 1e3 * (time.perf_counter() - start)
 
     def _measure(self, names: frozenset[str] | None) -> Frame:
@@ -267,7 +269,7 @@ class Guard:
     @property
     def basis_age(self) -> int:
         """Optimizer steps since the last refresh."""
-        return self._age
+        return self._schedule.age
 
     def refresh_if_due(self, names: frozenset[str]) -> None:
         """Refresh when the schedule says so; raises before anything has changed."""
@@ -277,10 +279,10 @@ class Guard:
 
     @property
     def _is_due(self) -> bool:
-        if self._frame is None or self._age >= self.refresh_every:
+        if self._frame is None or self._schedule.is_due:
             return True
         # A LoRA adapter's first sketch is blind to lora_A, whose gradient is zero at the start.
-        return self.transport and self._age == 1 and self._frame.has_silence
+        return self.transport and self.basis_age == 1 and self._frame.has_silence
 
     def correction(self, momentum: Momentum) -> LevelSetCorrection:
         """Begin the tangent and retraction moves of one step."""
@@ -294,7 +296,7 @@ class Guard:
 
     def _wants_retraction(self) -> bool:
         """True right after a refresh that found an anchor over its budget."""
-        return self.retraction and self._age == 0 and bool((self.violation > 0).any())
+        return self.retraction and self.basis_age == 0 and bool((self.violation > 0).any())
 
     def wants_momentum(self) -> bool:
         """True if this step's retraction is to be orthogonal to the optimizer's momentum m."""
@@ -315,7 +317,7 @@ class Guard:
         gram = self.frame.gram
         weights = retraction_weights(gram, self.violation, self.damping)
         self._longest_step = max(self._longest_step, step_norm)
-        cap = self.retraction_cap * math.sqrt(self.refresh_every) * self._longest_step
+        cap = self.retraction_cap * math.sqrt(self._schedule.period) * self._longest_step
         cap = cap if step_norm > 0 else 0.0  # a step of length zero leaves the weights alone
         return capped_retraction(gram, weights, momentum_coefficients, momentum_norm, cap)
 
@@ -332,7 +334,7 @@ class Guard:
 
     def record_step(self, step_norm: float, metrics: dict[str, float]) -> None:
         """Count a finished optimizer step of length ||s|| and keep its figures."""
-        self._age += 1
+        self._schedule.advance(step_norm)
         self._longest_step = max(self._longest_step, step_norm)
         self._metrics |= metrics
 
@@ -346,12 +348,11 @@ class Guard:
         ``safety/retraction_ratio`` (||v|| / ||s||), ``safety/leak`` (||U^T d|| / ||d|| of the
         stored weights, measured after a refresh), ``safety/rank`` (k), ``safety/captured_energy``
         (share of the gradient energy that compression kept, mean), ``safety/sketch_mb``,
-        ``safety/basis_age`` (steps), ``safety/brake`` (factor on the learning rate),
-        ``safety/refresh_ms`` and ``safety/step_ms`` (milliseconds of the last refresh and of the
-        last step beyond the base optimizer).
+        ``safety/basis_age`` (steps), ``safety/refreshes`` (their number), ``safety/brake`` (factor
+        on the learning rate), ``safety/refresh_ms`` and ``safety/step_ms`` (milliseconds of the
+        last refresh and of the last step beyond the base optimizer).
         """
-        metrics = dict(self._metrics)
-        metrics |= {"safety/basis_age": float(self._age), "safety/brake": self.brake}
+        metrics = self._metrics | self._schedule.metrics() | {"safety/brake": self.brake}
         if self._frame is not None:
             sketch = self._frame.sketch
             metrics["safety/rank"] = float(len(self._frame.eigenbasis.values))
@@ -372,7 +373,7 @@ class Guard:
         frame = self._frame
         return {
             "calibration": self._calibration.state_dict(),
-            "age": self._age,
+            "schedule": self._schedule.state_dict(),
             "longest_step": self._longest_step,
             "brake": self.brake,
             "sampler": self._sampler.state_dict(),
@@ -391,7 +392,7 @@ class Guard:
         """
         self._calibration.load_state_dict(state["calibration"])
         self._sampler.load_state_dict(state["sampler"])
-        self._age = state["age"]
+        self._schedule.load_state_dict(state["schedule"])
         self._longest_step, self.brake = state["longest_step"], state["brake"]
         device, (violation,), (frame,) = device_of(self.model), state["violation"], state["frame"]
         self.violation = violation.to(device)
