@@ -267,7 +267,9 @@ def _minus(own: Curve | None, other: Curve, safety: str) -> str:
 
 
 def with_interval(draws: Array, sign: str = "") -> str:
-    """The first draw and the middle 95 % of the others."""
+    """The first draw and the middle 95 % of the others; the first alone where none differs."""
+    if np.ptp(draws) == 0:
+        return f"{draws[0]:{sign}.3f}"
     low, high = np.percentile(draws[1:], [2.5, 97.5])
     return f"{draws[0]:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 

@@ -255,7 +255,7 @@ class LoraWorld(World):
     """The same world, with adapters trained and not the weights."""
 
     name = "world_lora"
-    settings = replace(World.settings, lr=1e-2)
+    settings = replace(World.settings, lr=5e-3)
 
     def __init__(self, seed: int, config: WorldConfig | None = None) -> None:
         super().__init__(seed, config or WorldConfig(lora_rank=LORA_RANK))

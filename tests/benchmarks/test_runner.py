@@ -116,16 +116,16 @@ def check_facts(facts: dict[str, Any]) -> None:
     assert facts["rows"]["anchor_rows"] <= max(6 * 3.2, 2 * 16)  # the guard refreshes twice
 
 
-@pytest.mark.parametrize("suite", ["world", "world_lora"])
-def test_methods_with_anchors_have_one_budget(suite: str) -> None:
+@pytest.mark.parametrize(("suite", "budget"), [("world", 3.2), ("world_lora", 3.2), ("smol", 1.6)])
+def test_methods_with_anchors_have_one_budget(suite: str, budget: float) -> None:
     plan = read_plan(suite)
     for variant in [v for rows in plan.curves().values() for v in rows]:
         options = variant.options
         if "anchors_per_refresh" in options:
             rate = options["anchors_per_refresh"] / options["refresh_every"]
         else:
-            rate = options.get("anchors_per_step", 3.2)
-        assert rate == 3.2, variant
+            rate = options.get("anchors_per_step", budget)
+        assert rate == budget, variant
 
 
 def test_a_method_that_needs_another_result_says_which(world: SmallWorld, tmp_path: Path) -> None:
