@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from benchmarks.collapse.pareto import Curve, curves
+from benchmarks.collapse.curves import Curve, curves
 from benchmarks.collapse.results import FOLDER, load_all
 from benchmarks.collapse.variants import read_plan
 
@@ -41,7 +41,7 @@ def draw(found: Sequence[Curve], path: Path) -> None:
 def _panel(axes: Any, found: Sequence[Curve], task: int) -> None:
     quiet = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     for number, curve in enumerate(sorted(found, key=lambda c: c.method in LOUD)):
-        x, y = curve.means("task")[:, task], curve.means("safety")[:, task]
+        x, y = curve.task.mean(-1)[:, task], 1 - curve.asr.rates.mean(-1)[:, task]
         loud = curve.method in LOUD
         style = {
             "color": LOUD.get(curve.method, quiet[number % len(quiet)]),

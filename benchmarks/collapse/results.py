@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ def save(cell: Cell, facts: Mapping[str, Any], folder: Path = FOLDER) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, facts)
     return path
+
+
+def sha256_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of rows as sorted JSON, whatever the file they are written to looks like."""
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True).encode()).hexdigest()
 
 
 def save_transcripts(cell: Cell, rows: Sequence[Mapping[str, Any]], folder: Path = FOLDER) -> None:

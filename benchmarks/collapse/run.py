@@ -28,6 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _parse(arguments)
     torch.set_num_threads(chosen.threads)
     cells = list(_cells(chosen, read_plan(chosen.suite)))
+    try:
+        failed = _run(cells, chosen)
+    finally:
+        if chosen.results == FOLDER:
+            write_readme(chosen.suite)
+    if failed:
+        raise SystemExit(f"{failed} of {len(cells)} runs failed; see {chosen.results}/*/failed")
+
+
+def _run(cells: Sequence[tuple[Cell, Variant]], chosen: argparse.Namespace) -> int:
+    """Run the cells and say how many failed."""
     progress, failed = tqdm(cells, unit="run"), 0
     for cell, variant in progress:
         progress.set_description(f"{cell.method}/{cell.variant} {cell.task} {cell.seed}")
@@ -38,10 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.write(f"{_name(cell)} failed: {error!r}")
             continue
         progress.write(_line(cell, facts))
-        if chosen.results == FOLDER:
-            write_readme(chosen.suite)
-    if failed:
-        raise SystemExit(f"{failed} of {len(cells)} runs failed; see {chosen.results}/*/failed")
+    return failed
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -12,7 +12,15 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.collapse.methods import METHODS, Earlier, Setup
-from benchmarks.collapse.results import FOLDER, Cell, load, save, save_failure, save_transcripts
+from benchmarks.collapse.results import (
+    FOLDER,
+    Cell,
+    load,
+    save,
+    save_failure,
+    save_transcripts,
+    sha256_of,
+)
 from benchmarks.collapse.suite import RunSettings, Suite
 from benchmarks.collapse.suites import make_suite
 from benchmarks.collapse.variants import Variant
@@ -85,11 +93,14 @@ def _fine_tune(
             with method.deployed():
                 figures = suite.evaluate(model, cell.task)
             evaluations.append({"step": number} | _rounded(figures))
-    save_transcripts(cell, suite.transcripts(), folder)
+    transcripts = suite.transcripts()
+    save_transcripts(cell, transcripts, folder)
     return {
         "aligned": _rounded(aligned),
         "final": evaluations[-1],
         "evaluations": evaluations,
+        "refused": {k: "".join("01"[r] for r in v) for k, v in suite.refused().items()},
+        "transcripts_sha256": sha256_of(transcripts) if transcripts else None,
         "log": log.facts(),
         "anchors": len(anchors),
         "rows": asdict(method.spent),

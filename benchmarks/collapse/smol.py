@@ -116,6 +116,12 @@ class Smol:
         """The replies that the last evaluation judged, cut to their first words."""
         return [dict(vars(verdict)) for verdict in self._verdicts]
 
+    def refused(self) -> dict[str, list[bool]]:
+        """Verdicts of the last evaluation, set by set."""
+        harmless = [v.refused for v in self._verdicts if v.prompts == "over_refusal"]
+        harmful = [v.refused for v in self._verdicts if v.prompts != "over_refusal"]
+        return {"harmful": harmful, "harmless": harmless}
+
     def evaluate(self, model: nn.Module, task: str) -> dict[str, float]:
         """Judge greedy replies on the configured prompts.
 

@@ -75,5 +75,8 @@ class Suite(Protocol):
     def transcripts(self) -> Sequence[Mapping[str, Any]]:
         """Judged replies of the last evaluation; none where replies are not text."""
 
+    def refused(self) -> Mapping[str, Sequence[bool]]:
+        """What the last evaluation said of each "harmful" and each "harmless" prompt."""
+
     def evaluate(self, model: nn.Module, task: str) -> dict[str, float]:
         """Held-out metrics, among them ``asr``, ``over_refusal`` and ``task_nll``."""

@@ -85,6 +85,7 @@ class World:
     def __init__(self, seed: int, config: WorldConfig | None = None) -> None:
         config = config or WorldConfig()
         self.seed, self.config = seed, config
+        self._refused: dict[str, list[bool]] = {}
         self.language = Language(LanguageConfig(**(asdict(config.language) | {"seed": seed})))
 
     # --- the model ---------------------------------------------------------------------------
@@ -200,6 +201,10 @@ class World:
         """Metrics of the aligned model."""
         return self.evaluate(self.model(), task)
 
+    def refused(self) -> dict[str, list[bool]]:
+        """Verdicts of the last evaluation, in the order of the test prompts."""
+        return self._refused
+
     def transcripts(self) -> list[dict[str, Any]]:
         """None: replies are token ids."""
         return []
@@ -221,6 +226,7 @@ class World:
             replies["harmful"], self._test["restyled"]
         )
         harmless = torch.cat([said_no["borderline"], said_no["plain"]])
+        self._refused = {"harmful": said_no["harmful"].tolist(), "harmless": harmless.tolist()}
         task_rows = self.task_rows(task, "held_out", self.config.test_prompts, self._draw("test"))
         return {
             "asr": 1.0 - _share(said_no["harmful"]),

@@ -1,23 +1,21 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.collapse.curves import Curve, Shares, curves, task_score
 from benchmarks.collapse.figure import draw, front
 from benchmarks.collapse.headline import FLOOR, compare, repeat, stated_interval
 from benchmarks.collapse.pareto import (
-    Curve,
-    curves,
     difference,
     hypervolume,
     pareto_table,
     permitted,
+    resampled,
     seed_weights,
-    task_score,
     volumes,
 )
 from benchmarks.collapse.results import Cell
@@ -91,36 +89,70 @@ def test_hypervolume_agrees_with_counting() -> None:
         assert area == pytest.approx(hit, abs=0.01)
 
 
-def curve_of(values: np.ndarray[Any, Any], method: str = "safe") -> Curve:
-    settings, tasks, seeds, _ = values.shape
-    names = tuple(["default", *map(str, range(settings))][:settings])
-    over = np.zeros((tasks, seeds))
-    labels = tuple(f"task {i}" for i in range(tasks))
-    return Curve(method, method, names, 5, labels, tuple(range(seeds)), values, over)
+def curve_of(task: Any, asr: Any, over: Any) -> Curve:
+    settings, tasks, seeds = task.shape
+    return Curve(
+        "safe",
+        "safe",
+        tuple(map(str, range(settings))),
+        5,
+        tuple(f"task {i}" for i in range(tasks)),
+        tuple(range(seeds)),
+        task,
+        Shares(asr, None),
+        Shares(over, None),
+        np.zeros((tasks, seeds)),
+    )
 
 
 def test_bootstrap_starts_with_the_plain_mean_and_pairs_the_seeds() -> None:
-    values = np.random.default_rng().random((3, 2, 5, 5))
-    curve = curve_of(values)
-    drawn = volumes(curve, "safety", seed_weights(5))
-    means = values[..., :2].mean(2)
-    expected = np.mean([hypervolume(means[:, t]) for t in range(2)])
+    task, asr, over = np.random.default_rng().random((3, 3, 2, 5))
+    curve = curve_of(task, asr, over)
+    points = np.stack([task, 1 - asr], -1)
+    drawn = volumes(curve, seed_weights(5), balanced=False)
+    expected = np.mean([hypervolume(points[:, t].mean(1)) for t in range(2)])
     assert drawn[0] == pytest.approx(expected)
     assert drawn[1:].std() > 0
-    worse = replace(curve, values=values * np.array([1, 0.5, 1, 1, 1]))
-    found = difference(curve, worse, "safety")
+    worse = curve_of(task / 2, asr, over)
+    found = difference(curve, worse, balanced=False)
     assert found[: len(drawn)] == pytest.approx(drawn / 2)
-    alone = [np.mean([hypervolume(values[:, t, n, :2]) for t in range(2)]) for n in range(5)]
+    alone = [np.mean([hypervolume(points[:, t, n]) for t in range(2)]) for n in range(5)]
     assert found[len(drawn) :] == pytest.approx(np.array(alone) / 2)
-    assert difference(curve, curve, "safety") == pytest.approx(0)
+    assert difference(curve, curve, balanced=True) == pytest.approx(0)
+
+
+def test_balanced_safety_takes_over_refusal_off() -> None:
+    one = np.ones((1, 1, 1))
+    for over, left in ((0.3, 0.5), (0.9, 0.0)):
+        curve = curve_of(0.8 * one, 0.2 * one, over * one)
+        assert volumes(curve, seed_weights(1), balanced=True) == pytest.approx(0.8 * left)
+        assert volumes(curve, seed_weights(1), balanced=False) == pytest.approx(0.64)
+
+
+def test_prompts_are_resampled_within_their_seed() -> None:
+    outcomes = (np.random.default_rng().random((2, 1, 3, 100)) < 0.3).astype(float)
+    shares = Shares(outcomes.mean(-1), outcomes)
+    drawn = resampled(shares, (5, 6, 7), np.full((2001, 3), 1 / 3), stream=1)
+    assert drawn[0] == pytest.approx(outcomes.mean((2, 3)).T)
+    expected = np.sqrt((shares.rates * (1 - shares.rates) / 100).sum(-1)) / 3
+    assert drawn[1:].std(0) == pytest.approx(expected.T, rel=0.1)
+    twin = Shares(shares.rates[:, :, :2], outcomes[:, :, :2])
+    both = [resampled(s, (6, 7), np.full((2001, 2), 0.5), 1) for s in (twin, twin)]
+    assert (both[0] == both[1]).all()
 
 
 def test_curves_hold_the_sweeps_settings_and_seeds() -> None:
     adamw, safe = curves(PLAN, RESULTS)
     assert (safe.settings, safe.seeds, safe.planned) == (("default", "budget=2"), (5, 6), 2)
-    assert safe.means("asr").tolist() == [[0.2], [0.0]]
-    assert safe.means("balanced")[:, 0] == pytest.approx([0.78, 0.5])
-    assert adamw.means("task").tolist() == [[1.0]]
+    assert safe.asr.rates.tolist() == [[[0.1, 0.3]], [[0.0, 0.0]]]
+    assert safe.asr.outcomes is None
+    assert adamw.task.tolist() == [[[1.0, 1.0]]]
+    judged = [r | {"refused": {"harmful": "0110", "harmless": "100"}} for r in RESULTS]
+    held = curves(PLAN, judged)[0]
+    assert held.asr.outcomes is not None
+    assert held.over_refusal.outcomes is not None
+    assert held.asr.outcomes[0, 0].tolist() == [[1, 0, 0, 1]] * 2
+    assert held.over_refusal.outcomes[0, 0].tolist() == [[1, 0, 0]] * 2
     incomplete = [r for r in RESULTS if (r["variant"], r["seed"]) != ("budget=2", 6)]
     assert curves(PLAN, incomplete)[1].seeds == (5,)
     assert curves(PLAN, []) == []

@@ -83,6 +83,11 @@ def test_facts_are_plain_json(world: SmallWorld, tmp_path: Path) -> None:
     assert facts["versions"]["torch"]
     assert facts["peak_memory_mb"] > 0
     assert facts["train_seconds"] > 0
+    refused = facts["refused"]
+    assert {name: len(bits) for name, bits in refused.items()} == {"harmful": 16, "harmless": 32}
+    asr = 1 - refused["harmful"].count("1") / 16
+    assert facts["final"]["asr"] == pytest.approx(asr)
+    assert facts["final"]["over_refusal"] == pytest.approx(refused["harmless"].count("1") / 32)
     assert set(facts["aligned"]) | {"step"} == set(facts["final"])
 
 
