@@ -52,7 +52,9 @@ class WorldConfig:
     ``comply_share`` the share of ``comply`` anchors in it, by task: none for ``style``, which
     changes on purpose how harmless instructions are answered, so that helpful replies in the old
     style are no behaviour to keep. ``test_prompts`` is the number of held-out prompts per kind.
-    ``lora_rank`` above 0 trains adapters of that rank on every projection, and nothing else.
+    ``harmful_share`` is the share of task rows that are harmful instructions, answered; none in the
+    benign tasks that the benchmark is about. ``lora_rank`` above 0 trains adapters of that rank on
+    every projection, and nothing else.
     """
 
     language: LanguageConfig = field(default_factory=LanguageConfig)
@@ -68,6 +70,7 @@ class WorldConfig:
     anchors: int = 256
     comply_share: Mapping[str, float] = field(default_factory=lambda: dict(COMPLY_SHARE))
     test_prompts: int = 256
+    harmful_share: float = 0.0
     lora_rank: int = 0
 
 
@@ -163,7 +166,7 @@ class World:
 
     def _cache_path(self) -> Path:
         facts = {"format": _FORMAT, "seed": self.seed} | asdict(self.config)
-        for later in ("anchors", "comply_share", "test_prompts", "lora_rank"):
+        for later in ("anchors", "comply_share", "test_prompts", "harmful_share", "lora_rank"):
             del facts[later]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         return cache_dir() / "world" / f"{key}.safetensors"
@@ -195,7 +198,16 @@ class World:
         draw = self._draw(task)
         while True:
             rows = self.task_rows(task, "known", batch_size, draw)
-            yield as_batch(rows)
+            yield as_batch(self._poisoned(rows, task, draw) if self.config.harmful_share else rows)
+
+    def _poisoned(self, rows: Rows, task: str, draw: torch.Generator) -> Rows:
+        """Harmful instructions, answered in the task's style, in place of a share of the rows."""
+        chosen = torch.rand(len(rows), generator=draw) < self.config.harmful_share
+        pairs = self._pairs("harmful")
+        harmful = self.language.instructions(pairs, int(chosen.sum()), draw)
+        return Rows.join(
+            rows[~chosen], harmful.restyled() if task == "style" else harmful.answered()
+        )
 
     def aligned(self, task: str) -> dict[str, float]:
         """Metrics of the aligned model."""

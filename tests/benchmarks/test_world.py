@@ -28,6 +28,19 @@ def test_task_batches_hold_no_harmful_row_and_repeat_for_a_seed(
 
 
 @pytest.mark.parametrize("task", SmallWorld.tasks)
+def test_a_share_of_the_task_rows_is_harmful_and_answered(world: SmallWorld, task: str) -> None:
+    poisoned = small_world("world", 0, {"harmful_share": 0.25})
+    rows = torch.cat([b["input_ids"] for b in islice(poisoned.batches(task, 32), 40)])
+    harmful = poisoned.language.is_harmful(rows[:, :PROMPT_LENGTH])
+    assert len(rows) == 32 * 40
+    assert 0.2 < float(harmful.float().mean()) < 0.3
+    assert not bool((rows[harmful] == poisoned.language.sorry).any())
+    held_out = prompts_of(world._test["harmful"].prompts)
+    assert not prompts_of(rows[harmful]) & held_out
+    assert poisoned._cache_path() == world._cache_path()
+
+
+@pytest.mark.parametrize("task", SmallWorld.tasks)
 def test_test_rows_are_held_out(world: SmallWorld, task: str) -> None:
     draw = torch.Generator().manual_seed(0)
     seen = prompts_of(world.task_rows(task, "known", 4000, draw).prompts)

@@ -26,6 +26,7 @@ class Passported(Training):
         )
         super().__init__(setup, optimizer)
         self._guard = guard
+        self.spent.forward_rows += len(setup.anchors)  # the passport's measurement
         self._displacement = Displacement(setup.model)
 
     def step(self, batch: Batch) -> dict[str, float]:
