@@ -14,7 +14,7 @@ from torch import nn
 
 import safeopt
 from safeopt.integrations.accelerate import refuse_unsupported, register
-from tests.integrations import hosts
+from tests.integrations import loops
 
 
 def make_accelerator(**options: Any) -> Accelerator:
@@ -26,9 +26,9 @@ def make_accelerator(**options: Any) -> Accelerator:
 def prepared(
     accelerator: Accelerator, dtype: torch.dtype = torch.float64
 ) -> tuple[nn.Module, Any, safeopt.Guard]:
-    model = hosts.make_model("full").to(dtype)
-    guard = hosts.make_guard(model)
-    optimizer = safeopt.SafeAdamW(hosts.decayed(model), **hosts.OPTIONS, guard=guard)
+    model = loops.make_model("full").to(dtype)
+    guard = loops.make_guard(model)
+    optimizer = safeopt.SafeAdamW(loops.decayed(model), **loops.OPTIONS, guard=guard)
     model, wrapped = accelerator.prepare(model, optimizer)
     register(accelerator, guard)
     return model, wrapped, guard
@@ -37,7 +37,7 @@ def prepared(
 def train(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, start: int, stop: int, size: int = 4
 ) -> None:
-    for index, batch in enumerate(hosts.loader(size)):
+    for index, batch in enumerate(loops.loader(size)):
         if start <= index < stop:
             with accelerator.accumulate(model):
                 accelerator.backward(model(**batch).loss)
@@ -50,7 +50,7 @@ def test_prepare_reloads_the_state_and_hides_the_guard() -> None:
     assert not hasattr(optimizer, "guard")
     assert optimizer.optimizer.guard is guard
     assert not optimizer.state
-    batch = next(iter(hosts.loader()))
+    batch = next(iter(loops.loader()))
     model(**batch).loss.backward()
     optimizer.step()
     assert guard.metrics()["safety/basis_age"] == 1
@@ -70,7 +70,7 @@ def test_parameters_swapped_after_construction_are_found_again() -> None:
                     setattr(module, name, new[p])
             optimizer._switch_parameters(new)
         train(accelerator, model, optimizer, 0, 3)
-        trained.append(hosts.weights(model))
+        trained.append(loops.weights(model))
     torch.testing.assert_close(*trained, rtol=0, atol=0)
 
 
@@ -82,7 +82,7 @@ def test_accumulated_micro_batches_take_the_steps_of_whole_ones() -> None:
         model, optimizer, guard = prepared(accelerator)
         train(accelerator, model, optimizer, 0, 3 * 4 // size, size)
         assert guard.metrics()["safety/basis_age"] == 3
-        trained.append(hosts.weights(model))
+        trained.append(loops.weights(model))
     torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_resume_is_bit_exact_and_keeps_the_guard_wide(dtype: torch.dtype, tmp_pa
     assert again.thresholds.dtype == guard.thresholds.dtype
     train(accelerator, resumed, optimizer, 7, 14)
     if dtype == torch.float64:
-        torch.testing.assert_close(hosts.weights(resumed), hosts.weights(whole), rtol=0, atol=0)
+        torch.testing.assert_close(loops.weights(resumed), loops.weights(whole), rtol=0, atol=0)
 
 
 def assert_equal_nested(left: Any, right: Any) -> None:
@@ -126,7 +126,7 @@ def assert_equal_nested(left: Any, right: Any) -> None:
 def test_deepspeed_and_fsdp1_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither starts here, so Accelerate is told that it runs them."""
     accelerator = make_accelerator()
-    guard = hosts.make_guard(hosts.make_model("full"))
+    guard = loops.make_guard(loops.make_model("full"))
     shared = AcceleratorState._shared_state
     monkeypatch.setitem(shared, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match=r"DeepSpeed ZeRO flattens .* use DDP, or FSDP2"):

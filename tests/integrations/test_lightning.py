@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import safeopt
 from safeopt.integrations.lightning import GuardCallback
-from tests.integrations import hosts
+from tests.integrations import hosts, loops
 
 
 class Watched(hosts.Module):
@@ -35,7 +35,7 @@ class ByIndex(Watched):
     """Takes rows by the batch's index: resumed within an epoch, a loader starts at the front."""
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        return super().training_step(list(hosts.loader())[index], index)
+        return super().training_step(list(loops.loader())[index], index)
 
 
 def fit(
@@ -47,13 +47,13 @@ def fit(
     ckpt: Path | None = None,
     module: type[Watched] = Watched,
     **options: Any,
-) -> tuple[Watched, hosts.CountingGuard]:
-    model = hosts.make_model(kind)
-    guard = hosts.make_guard(model)
+) -> tuple[Watched, loops.CountingGuard]:
+    model = loops.make_model(kind)
+    guard = loops.make_guard(model)
     trained = module(model.train(), guard)
     callbacks = [GuardCallback(guard), *options.pop("callbacks", [])]
     trainer = hosts.lightning_trainer(folder, max_steps=steps, callbacks=callbacks, **options)
-    trainer.fit(trained, hosts.loader(size), ckpt_path=ckpt, weights_only=True)
+    trainer.fit(trained, loops.loader(size), ckpt_path=ckpt, weights_only=True)
     return trained, guard
 
 
@@ -71,7 +71,7 @@ def test_accumulated_micro_batches_take_the_steps_of_whole_ones(tmp_path: Path) 
     assert parts.closures == 20
     assert guard.metrics()["safety/basis_age"] == 5
     torch.testing.assert_close(
-        hosts.weights(parts.model), hosts.weights(whole.model), rtol=0, atol=1e-6
+        loops.weights(parts.model), loops.weights(whole.model), rtol=0, atol=1e-6
     )
 
 
@@ -85,7 +85,7 @@ def test_resume_is_bit_exact_across_a_refresh(kind: str, tmp_path: Path) -> None
     assert resumed.closures == 7
     assert guard.refreshes == 1
     torch.testing.assert_close(
-        hosts.weights(resumed.model), hosts.weights(whole.model), rtol=0, atol=0
+        loops.weights(resumed.model), loops.weights(whole.model), rtol=0, atol=0
     )
 
 
@@ -98,7 +98,7 @@ def test_figures_are_logged_once_a_step(tmp_path: Path) -> None:
 
 
 def test_fsdp1_is_refused(tmp_path: Path) -> None:
-    guard = hosts.make_guard(hosts.make_model("full"))
+    guard = loops.make_guard(loops.make_model("full"))
 
     class OnFsdp:
         strategy = FSDPStrategy()

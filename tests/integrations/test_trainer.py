@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import Dataset
 
 import safeopt
 from safeopt.integrations.transformers import GuardCallback, SafeAdamWFactory, decay_groups
-from tests.integrations import hosts
+from tests.integrations import hosts, loops
 from tests.zoo import gpt2, llama, lora_llama, random_anchors
 
 
@@ -25,15 +25,15 @@ def make_trainer(
     return Trainer(
         model,
         TrainingArguments(**{**hosts.trainer_options(folder), **options}),
-        train_dataset=hosts.rows(),
-        optimizer_cls_and_kwargs=(SafeAdamWFactory, {**hosts.OPTIONS, "guard": guard}),
+        train_dataset=loops.rows(),
+        optimizer_cls_and_kwargs=(SafeAdamWFactory, {**loops.OPTIONS, "guard": guard}),
         callbacks=[GuardCallback(guard), *callbacks],
     )
 
 
 def fresh(kind: str = "full") -> tuple[nn.Module, safeopt.Guard]:
-    model = hosts.make_model(kind)
-    return model, hosts.make_guard(model)
+    model = loops.make_model(kind)
+    return model, loops.make_guard(model)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, lora_llama])
@@ -71,10 +71,10 @@ def test_the_other_ways_into_trainer_take_the_same_steps(way: str, tmp_path: Pat
             trainer.optimizer_cls_and_kwargs = (safeopt.SafeAdamW, options)
         elif name == "instance":
             trainer.optimizer_cls_and_kwargs = None
-            groups = hosts.decayed(model)
-            trainer.optimizer = safeopt.SafeAdamW(groups, **hosts.OPTIONS, guard=guard)
+            groups = loops.decayed(model)
+            trainer.optimizer = safeopt.SafeAdamW(groups, **loops.OPTIONS, guard=guard)
         trainer.train()
-        weights.append(hosts.weights(model))
+        weights.append(loops.weights(model))
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
@@ -85,7 +85,7 @@ def test_accumulated_micro_batches_take_the_steps_of_whole_ones(tmp_path: Path) 
         model, guard = fresh()
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
         make_trainer(model, guard, tmp_path, max_steps=6, **options).train()
-        weights.append(hosts.weights(model))
+        weights.append(loops.weights(model))
         assert guard.metrics()["safety/basis_age"] == 6
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
 
@@ -107,7 +107,7 @@ def test_resume_is_bit_exact_across_a_refresh(kind: str, where: str, tmp_path: P
         trainer.pop_callback(GuardCallback)
         trainer.add_callback(GuardCallback(guard_again, resume_from=checkpoint))
     trainer.train(resume_from_checkpoint=str(checkpoint))
-    torch.testing.assert_close(hosts.weights(resumed), hosts.weights(whole), rtol=0, atol=0)
+    torch.testing.assert_close(loops.weights(resumed), loops.weights(whole), rtol=0, atol=0)
     left, right = guard.metrics(), guard_again.metrics()
     timeless = [name for name in left if not name.endswith("_ms")]
     assert {name: left[name] for name in timeless} == {name: right[name] for name in timeless}

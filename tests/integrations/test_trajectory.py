@@ -1,17 +1,16 @@
+"""The same weights after 20 steps with two refreshes, whatever host takes the steps."""
+
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.integrations import hosts
-from tests.integrations.hosts import CountingGuard, Weights
+from tests.distributed.ranks import run_ranks
+from tests.integrations import hosts, loops
 
 # A fresh adapter is refreshed once more, after its first step.
 REFRESHES = {"full": 2, "lora": 3}
@@ -22,29 +21,25 @@ KINDS = [
 
 
 @functools.cache
-def truth(kind: str) -> tuple[Weights, int]:
-    trained, guard = hosts.run(hosts.plain, kind, Path("unused"))
-    return trained, guard.refreshes
+def truth(kind: str) -> tuple[loops.Weights, int]:
+    return loops.run(loops.plain, kind, Path("unused"))
 
 
-def assert_same_run(kind: str, trained: Weights, refreshes: int) -> None:
+def assert_same_run(kind: str, trained: loops.Weights, refreshes: int) -> None:
     expected, counted = truth(kind)
     assert refreshes == counted == REFRESHES[kind]
     torch.testing.assert_close(trained, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_guard_and_training_move_the_weights_far_beyond_the_tolerance(
-    kind: str, tmp_path: Path
-) -> None:
-    start = hosts.weights(hosts.make_model(kind))
-    unguarded = hosts.make_model(kind)
-    hosts.plain(unguarded, None, tmp_path)
+def test_guard_and_training_move_the_weights_far_beyond_the_tolerance(kind: str) -> None:
+    start = loops.weights(loops.make_model(kind))
+    unguarded = loops.make_model(kind)
+    loops.plain(unguarded, None, Path("unused"))
     guarded, _ = truth(kind)
-    free = hosts.weights(unguarded)
-    for other in (start, free):
+    for other in (start, loops.weights(unguarded)):
         assert max(float((guarded[name] - other[name]).abs().max()) for name in guarded) > 1e-3
-    frozen = [name for name, p in hosts.make_model(kind).named_parameters() if not p.requires_grad]
+    frozen = [name for name, p in unguarded.named_parameters() if not p.requires_grad]
     assert bool(frozen) == (kind == "lora")
     assert all(torch.equal(guarded[name], start[name]) for name in frozen)
 
@@ -53,14 +48,15 @@ def test_guard_and_training_move_the_weights_far_beyond_the_tolerance(
 @pytest.mark.parametrize(
     "host",
     [
-        pytest.param("accelerate", marks=pytest.mark.supports(host="Accelerate")),
-        pytest.param("trainer", marks=pytest.mark.supports(host="Trainer")),
-        pytest.param("lightning", marks=pytest.mark.supports(host="Lightning")),
+        pytest.param(loops.accelerate, marks=pytest.mark.supports(host="Accelerate")),
+        pytest.param(hosts.trainer, marks=pytest.mark.supports(host="Trainer")),
+        pytest.param(hosts.in_lightning, marks=pytest.mark.supports(host="Lightning")),
     ],
 )
-def test_every_host_takes_the_steps_of_a_plain_loop(host: str, kind: str, tmp_path: Path) -> None:
-    trained, guard = hosts.run(hosts.HOSTS[host], kind, tmp_path)
-    assert_same_run(kind, trained, guard.refreshes)
+def test_every_host_takes_the_steps_of_a_plain_loop(
+    host: loops.Host, kind: str, tmp_path: Path
+) -> None:
+    assert_same_run(kind, *loops.run(host, kind, tmp_path))
 
 
 @pytest.mark.supports(host="SFTTrainer")
@@ -69,40 +65,20 @@ def test_sft_trainer_takes_the_steps_of_a_plain_loop(
     kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     host = functools.partial(hosts.sft_trainer, tokenizer=tokenizer)
-    trained, guard = hosts.run(host, kind, tmp_path)
-    assert_same_run(kind, trained, guard.refreshes)
-
-
-def start_processes(host: str, kind: str, folder: Path, world: int = 2) -> list[dict[str, Any]]:
-    """Run a host in several processes; returns what each left behind."""
-    context = multiprocessing.get_context("forkserver")  # imports once, no autograd to inherit
-    context.set_forkserver_preload(["tests.integrations.hosts"])
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    started = [
-        context.Process(target=hosts.worker, args=(rank, world, port, host, kind, folder))
-        for rank in range(world)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        assert process.exitcode == 0
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    assert_same_run(kind, *loops.run(host, kind, tmp_path))
 
 
 @pytest.mark.multi
-@pytest.mark.supports(host="Accelerate, DDP x 2")
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_accelerate_processes_take_the_steps_of_a_plain_loop(kind: str, tmp_path: Path) -> None:
-    for left in start_processes("accelerate", kind, tmp_path):
-        assert_same_run(kind, left["weights"], left["refreshes"])
-
-
-def test_a_guard_counts_its_refreshes() -> None:
-    model = hosts.make_model("full")
-    guard = hosts.make_guard(model)
-    assert isinstance(guard, CountingGuard)
-    guard.refresh()
-    assert guard.refreshes == 1
+@pytest.mark.parametrize(
+    "host",
+    [
+        pytest.param(loops.accelerate, marks=pytest.mark.supports(host="Accelerate, DDP x 2")),
+        pytest.param(loops.fully_sharded, marks=pytest.mark.supports(host="`fully_shard` x 2")),
+    ],
+)
+def test_two_processes_take_the_steps_of_a_plain_loop(
+    host: loops.Host, kind: str, tmp_path: Path
+) -> None:
+    for trained, refreshes in run_ranks(2, loops.run_on_cpu, host, kind, tmp_path):
+        assert_same_run(kind, trained, refreshes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from peft import LoraConfig
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import Dataset
 
 import safeopt
+from tests.distributed.jobs import whole
 from tests.integrations import hosts
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
@@ -35,8 +39,21 @@ def side(diff: str, sign: str) -> str:
 
 
 @pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """The group of a script that `torchrun` started as one process."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def names(
-    make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., Any],
+    tokenizer: Any,
+    mesh: DeviceMesh,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> dict[str, Any]:
     """What the diffs take for granted: a script that trains already."""
     monkeypatch.chdir(tmp_path)
@@ -61,13 +78,14 @@ def names(
         "args": TrainingArguments(**options),
         "sft_args": SFTConfig(**options, bf16=False, max_length=32),
         "lora": LoraConfig(r=2, target_modules="all-linear"),
-        "accelerator": Accelerator(cpu=True),
+        "accelerator": Accelerator(cpu=True),  # after the arguments, which reset its state
+        "fully_shard": functools.partial(fully_shard, mesh=mesh),
         "loader": DataLoader(tokens, batch_size=4, collate_fn=default_data_collator),  # type: ignore
     }
 
 
 def test_every_host_of_the_section_is_here() -> None:
-    assert set(DIFFS) == {"Accelerate", "Trainer", "SFTTrainer", "Lightning"}
+    assert set(DIFFS) == {"Accelerate", "fully_shard", "Trainer", "SFTTrainer", "Lightning"}
 
 
 @pytest.mark.parametrize("sign", ["-", "+"])
@@ -76,7 +94,7 @@ def test_the_diff_trains_before_and_after(host: str, sign: str, names: dict[str,
     before = {name: p.detach().clone() for name, p in names["model"].named_parameters()}
     exec(side(DIFFS[host], sign), names)
     after = {name.replace(".base_layer", ""): p for name, p in names["model"].named_parameters()}
-    moved = [name for name in before if not torch.equal(before[name], after[name].detach())]
+    moved = [name for name in before if not torch.equal(before[name], whole(after[name]))]
     assert bool(moved) == (host != "SFTTrainer")  # there an adapter trains
     assert ("guard" in names) == (sign == "+")
     if sign == "+":
