@@ -48,15 +48,25 @@ class Calibration:
         self._model = model
         self._anchors = anchors
         self._reference = reference
+        self._budget, self._at_once, self._ranks = budget, at_once, ranks
+        self.renew()
+
+    def renew(self) -> None:
+        """Measure again; the weights must be the aligned ones still.
+
+        Raises:
+            FloatingPointError: an anchor loss is not finite.
+        """
         self._aligned: list[ReplyDistribution] = []
-        indices = range(len(anchors))
-        if reference == "kl":
+        indices, at_once = range(len(self._anchors)), self._at_once
+        if self._reference == "kl":
             for start in indices[::at_once]:
                 batch = self.batch(indices[start : start + at_once])
-                with undisturbed(model), torch.no_grad():
-                    self._aligned += reply_distributions(logits_of(model, batch), batch.labels)
+                with undisturbed(self._model), torch.no_grad():
+                    logits = logits_of(self._model, batch)
+                    self._aligned += reply_distributions(logits, batch.labels)
         losses = [self.measure(indices[start : start + at_once]) for start in indices[::at_once]]
-        self.thresholds = ranks.same(torch.cat(losses).cpu()) + budget
+        self.thresholds = self._ranks.same(torch.cat(losses).cpu()) + self._budget
 
     def batch(self, indices: Sequence[int]) -> AnchorBatch:
         """The anchors at ``indices``, padded together, on the model's device."""

@@ -163,10 +163,8 @@ class Guard:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be greater than 0, got {value}")
         if self.retraction_cap < 0 or not math.isfinite(self.budget):
-            raise ValueError(
-                f"retraction_cap must be >= 0 and budget finite, got {self.retraction_cap}, "
-                f"{self.budget}"
-            )
+            given = f"{self.retraction_cap}, {self.budget}"
+            raise ValueError(f"retraction_cap must be >= 0 and budget finite, got {given}")
 
     def _cover(self, uncovered: Uncovered) -> None:
         if not trainable_names(self.model):
@@ -182,13 +180,14 @@ class Guard:
         """The rules for what trains now: adapters and wrappers may have come after the guard."""
         refuse_flattened(self.model)
         coverage = find_coverage(self.model, names)
-        if coverage.uncovered and not self._may_ignore:
-            raise ValueError(
-                f"no rule covers the trainable parameters {list(coverage.uncovered)}; pass "
-                "uncovered='freeze' to stop them from training or uncovered='ignore' to train "
-                "them unguarded"
-            )
+        if not self._may_ignore:
+            coverage.check_complete()
         return coverage
+
+    def recalibrate(self) -> None:
+        """Measure tau again unless a refresh has used it: a host has set up mixed precision."""
+        if self._frame is None:
+            self._calibration.renew()
 
     # -- refresh ---------------------------------------------------------------------------
 

@@ -44,6 +44,15 @@ class Coverage:
         """Names of the covered parameters."""
         return frozenset(name for site in self.sites for name in site.parameters.values())
 
+    def check_complete(self) -> None:
+        """Raise `ValueError` if a trainable parameter has no rule."""
+        if self.uncovered:
+            raise ValueError(
+                f"no rule covers the trainable parameters {list(self.uncovered)}; pass "
+                "uncovered='freeze' to stop them from training or uncovered='ignore' to train "
+                "them unguarded"
+            )
+
 
 def find_coverage(model: nn.Module, only: frozenset[str] | None = None) -> Coverage:
     """Find a rule for every trainable parameter of ``model``.

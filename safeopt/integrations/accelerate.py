@@ -8,10 +8,14 @@ from accelerate.utils import DistributedType
 
 from safeopt.guard import Guard
 from safeopt.layouts import FSDP1, ZERO
+from safeopt.passport_guard import PassportGuard
 
 
-def register(accelerator: Accelerator, guard: Guard) -> None:
-    """Let ``save_state`` and ``load_state`` carry the guard along.
+def register(accelerator: Accelerator, guard: Guard | PassportGuard) -> None:
+    """Let ``save_state`` and ``load_state`` carry the guard along; call it after ``prepare``.
+
+    ``prepare`` lets the model compute in the accelerator's mixed precision, in which its anchor
+    losses differ a little, so a guard that has not been used yet measures its thresholds again.
 
     Optimizer and model go through ``accelerator.prepare`` as usual. The guard is no part of the
     optimizer's state, and `AcceleratedOptimizer` hides it, so keep the guard itself at hand:
@@ -25,6 +29,8 @@ def register(accelerator: Accelerator, guard: Guard) -> None:
         ValueError: Accelerate runs DeepSpeed or FSDP1.
     """
     refuse_unsupported(accelerator.state)
+    if accelerator.mixed_precision != "no" and isinstance(guard, Guard):
+        guard.recalibrate()
     accelerator.register_for_checkpointing(guard)
 
 

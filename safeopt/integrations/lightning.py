@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from safeopt.guard import Guard
 from safeopt.layouts import FSDP1, ZERO
+from safeopt.passport_guard import PassportGuard
 
 
 class GuardCallback(Callback):
@@ -29,7 +30,7 @@ class GuardCallback(Callback):
         >>> trainer = lightning.Trainer(callbacks=[GuardCallback(guard)])
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard | PassportGuard) -> None:
         self.guard = guard
         self._logged = 0
 

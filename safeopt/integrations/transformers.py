@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from safeopt.guard import Guard
 from safeopt.integrations.accelerate import refuse_unsupported
 from safeopt.optim import SafeAdamW
+from safeopt.passport_guard import PassportGuard
 
 GUARD_FILE = "guard.pt"
 
@@ -44,7 +45,7 @@ class SafeAdamWFactory:
         model: nn.Module,
         *,
         lr: float | None = None,
-        guard: Guard | None = None,
+        guard: Guard | PassportGuard | None = None,
         weight_decay: float = 0.0,
         **options: Any,
     ) -> SafeAdamW:
@@ -94,7 +95,8 @@ class GuardCallback(TrainerCallback):
 
     The figures join every log of a training loss, and ``trainer.state.log_history``. The state
     is written as ``checkpoint-N/guard.pt`` and read back when the Trainer resumes; without it
-    the thresholds would be measured on weights that have already drifted.
+    the thresholds would be measured on weights that have already drifted. In mixed precision,
+    which the Trainer sets up after the guard was built, they are measured again at the start.
 
     Args:
         guard: the guard that the optimizer holds.
@@ -106,7 +108,9 @@ class GuardCallback(TrainerCallback):
             found.
     """
 
-    def __init__(self, guard: Guard, resume_from: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, guard: Guard | PassportGuard, resume_from: str | os.PathLike[str] | None = None
+    ) -> None:
         self.guard = guard
         self.resume_from = resume_from
 
@@ -123,6 +127,9 @@ class GuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take over the guard's state when the Trainer has resumed."""
+        mixed = args.bf16 or args.fp16
+        if state.global_step == 0 and mixed and isinstance(self.guard, Guard):
+            self.guard.recalibrate()
         if state.global_step > 0:
             path = self._resumed_folder(args, state) / GUARD_FILE
             if not path.exists():

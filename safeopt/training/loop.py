@@ -20,7 +20,7 @@ from transformers import get_scheduler
 from safeopt import Anchors
 from safeopt.evaluation.generation import evaluating
 from safeopt.files import write_text
-from safeopt.integrations.accelerate import register
+from safeopt.integrations.accelerate import refuse_unsupported
 from safeopt.training import checkpoints, data, models, optimizers, probes
 from safeopt.training.config import TrainConfig
 from safeopt.training.launch import lent_to_accelerate, make_accelerator
@@ -141,9 +141,11 @@ class _Run:
         )
         self.accelerator.register_for_checkpointing(self.scheduler)
         if self.guard is not None:
-            register(self.accelerator, self.guard)
+            self.accelerator.register_for_checkpointing(self.guard)
 
     def _prepare_replicated(self) -> None:
+        if self.config.optimizer != "adamw":
+            refuse_unsupported(self.accelerator.state)
         # The model first: the guard then measures the anchors in the precision that trains.
         self.model = self.accelerator.prepare(self.bare)
         self.guard = optimizers.build_guard(self.bare, self.anchors, self.config)

@@ -15,6 +15,7 @@ from torch import nn
 import safeopt
 from safeopt.integrations.accelerate import refuse_unsupported, register
 from tests.integrations import loops
+from tests.zoo import llama, random_anchors, take_training_step
 
 
 def make_accelerator(**options: Any) -> Accelerator:
@@ -141,3 +142,21 @@ def test_deepspeed_and_fsdp1_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
                 refuse_unsupported(accelerator.state)
         else:
             refuse_unsupported(accelerator.state)
+
+
+@pytest.mark.parametrize("reference", ["nll", "kl"])
+def test_thresholds_are_those_of_the_precision_that_trains(reference: Any) -> None:
+    accelerator = make_accelerator(mixed_precision="bf16")
+    model = llama()
+    guard = safeopt.Guard(model, random_anchors(8), budget=0.5, reference=reference)
+    before = guard.thresholds.clone()
+    accelerator.prepare(model)
+    register(accelerator, guard)
+    late = safeopt.Guard(model, guard.anchors, budget=0.5, reference=reference)
+    assert torch.equal(guard.thresholds, late.thresholds)
+    if reference == "nll":
+        assert not torch.equal(guard.thresholds, before)
+    optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=1e-2, guard=guard)
+    take_training_step(model, optimizer)
+    guard.recalibrate()  # too late: the weights have moved
+    assert torch.equal(guard.thresholds, late.thresholds)

@@ -60,7 +60,7 @@ def test_the_factory_asks_for_the_learning_rate_that_trainer_does_not_pass(tmp_p
         trainer.train()
 
 
-@pytest.mark.parametrize("way", ["class", "instance"])
+@pytest.mark.parametrize("way", ["class", "instance", "guarded"])
 def test_the_other_ways_into_trainer_take_the_same_steps(way: str, tmp_path: Path) -> None:
     weights = []
     for name in ("factory", way):
@@ -130,6 +130,15 @@ def test_a_checkpoint_of_another_run_is_not_mistaken_for_ours(tmp_path: Path) ->
     trainer = make_trainer(*fresh(), tmp_path / "b", **options)
     with pytest.raises(ValueError, match=r"resumed at step 2, but not from .*/b/checkpoint-2"):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_thresholds_are_those_of_the_precision_that_trains(tmp_path: Path) -> None:
+    model = llama(pad_token_id=0)
+    guard = safeopt.Guard(model, random_anchors(8))
+    before = guard.thresholds.clone()
+    make_trainer(model, guard, tmp_path, max_steps=1, bf16=True, learning_rate=0.0).train()
+    assert not torch.equal(guard.thresholds, before)
+    torch.testing.assert_close(guard.thresholds, before, rtol=0, atol=0.05)
 
 
 class Tracker(TrainerCallback):
