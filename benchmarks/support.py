@@ -25,6 +25,7 @@ HOSTS = (
     "Accelerate, DDP x 2",
     "`fully_shard` x 2",
     "Trainer",
+    "Trainer, DDP x 2",
     "SFTTrainer",
     "Lightning",
     "`safeopt.training` and the recipes",

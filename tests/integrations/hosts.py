@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,26 @@ from trl.trainer.sft_trainer import Dataset
 import safeopt
 from safeopt.integrations.lightning import GuardCallback as LightningGuardCallback
 from safeopt.integrations.transformers import GuardCallback, SafeAdamWFactory
-from tests.integrations.loops import CLIP, OPTIONS, ROWS_PER_STEP, STEPS, decayed, loader, rows
+from tests.integrations.loops import (
+    CLIP,
+    OPTIONS,
+    ROWS_PER_STEP,
+    STEPS,
+    Weights,
+    decayed,
+    loader,
+    make_guard,
+    make_model,
+    rows,
+    weights,
+)
 
 
 def trainer_options(folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "max_steps": STEPS,
-        "per_device_train_batch_size": ROWS_PER_STEP,
+        "per_device_train_batch_size": ROWS_PER_STEP // int(os.environ.get("WORLD_SIZE", "1")),
         "train_sampling_strategy": "sequential",
         "lr_scheduler_type": "constant",
         "max_grad_norm": CLIP,
@@ -34,14 +47,34 @@ def trainer_options(folder: Path) -> dict[str, Any]:
     }
 
 
-def trainer(model: nn.Module, guard: safeopt.Guard, folder: Path) -> None:
-    Trainer(
+def make_trainer(
+    model: nn.Module, guard: safeopt.Guard, folder: Path, *callbacks: Any, **options: Any
+) -> Trainer:
+    return Trainer(
         model,
-        TrainingArguments(**trainer_options(folder)),
+        TrainingArguments(**{**trainer_options(folder), **options}),
         train_dataset=rows(),
         optimizer_cls_and_kwargs=(SafeAdamWFactory, {**OPTIONS, "guard": guard}),
-        callbacks=[GuardCallback(guard)],
-    ).train()
+        callbacks=[GuardCallback(guard), *callbacks],
+    )
+
+
+def trainer(model: nn.Module, guard: safeopt.Guard, folder: Path) -> None:
+    make_trainer(model, guard, folder).train()
+
+
+def trainer_and_resumed(kind: str, folder: Path) -> tuple[Weights, Weights]:
+    """Weights of a whole run, and of one that resumes it at step 7; for one process of several."""
+    finished = []
+    for checkpoint in (None, str(folder / "checkpoint-7")):
+        model = make_model(kind)
+        guard = make_guard(model)
+        saving = {"save_strategy": "steps", "save_steps": 7, "ddp_backend": "gloo"}
+        trainer = make_trainer(model, guard, folder, **saving)
+        assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        finished.append(weights(model))
+    return finished[0], finished[1]
 
 
 def sft_trainer(model: nn.Module, guard: safeopt.Guard, folder: Path, tokenizer: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
+import schedulefree
 import torch
 from peft import LoraConfig
 from torch import nn
@@ -14,26 +16,27 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import Dataset
 
 import safeopt
+from safeopt.geometry.input_subspace import InputSubspace
 from safeopt.integrations.transformers import GuardCallback, SafeAdamWFactory, decay_groups
+from safeopt.passport_guard import PassportGuard
+from tests.distributed.ranks import run_ranks
 from tests.integrations import hosts, loops
 from tests.zoo import gpt2, llama, lora_llama, random_anchors
-
-
-def make_trainer(
-    model: nn.Module, guard: safeopt.Guard, folder: Path, *callbacks: Any, **options: Any
-) -> Trainer:
-    return Trainer(
-        model,
-        TrainingArguments(**{**hosts.trainer_options(folder), **options}),
-        train_dataset=loops.rows(),
-        optimizer_cls_and_kwargs=(SafeAdamWFactory, {**loops.OPTIONS, "guard": guard}),
-        callbacks=[GuardCallback(guard), *callbacks],
-    )
 
 
 def fresh(kind: str = "full") -> tuple[nn.Module, safeopt.Guard]:
     model = loops.make_model(kind)
     return model, loops.make_guard(model)
+
+
+@pytest.mark.multi
+@pytest.mark.supports(host="Trainer, DDP x 2", feature="full")
+@pytest.mark.supports(host="Trainer, DDP x 2", feature="resume")
+def test_two_processes_take_the_steps_of_a_plain_loop_and_resume(tmp_path: Path) -> None:
+    expected, _ = loops.run(loops.plain, "full", tmp_path)
+    for whole, resumed in run_ranks(2, hosts.trainer_and_resumed, "full", tmp_path):
+        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, lora_llama])
@@ -54,10 +57,33 @@ def test_the_factory_makes_the_decay_groups_of_trainer_with_names(
 
 def test_the_factory_asks_for_the_learning_rate_that_trainer_does_not_pass(tmp_path: Path) -> None:
     model, guard = fresh()
-    trainer = make_trainer(model, guard, tmp_path)
+    trainer = hosts.make_trainer(model, guard, tmp_path)
     trainer.optimizer_cls_and_kwargs = (SafeAdamWFactory, {"guard": guard})
     with pytest.raises(ValueError, match="does not hand learning_rate to an optimizer factory"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda groups: schedulefree.AdamWScheduleFree(groups, lr=1e-3),
+        lambda groups: bitsandbytes.optim.AdamW8bit(groups, lr=1e-3, min_8bit_size=256),
+    ],
+    ids=["schedule-free", "8 bit"],
+)
+def test_any_guarded_optimizer_trains_and_resumes(make: Any, tmp_path: Path) -> None:
+    trained = []
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "max_grad_norm": 0.0}
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model = loops.make_model("full").float()
+        guard = loops.make_guard(model)
+        trainer = hosts.make_trainer(model, guard, tmp_path, **options)
+        trainer.optimizer_cls_and_kwargs = None
+        trainer.optimizer = safeopt.guarded(make(loops.decayed(model)), guard)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert guard.metrics()["safety/removed_fraction"] > 0
+        trained.append(loops.weights(model))
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("way", ["class", "instance", "guarded"])
@@ -65,7 +91,7 @@ def test_the_other_ways_into_trainer_take_the_same_steps(way: str, tmp_path: Pat
     weights = []
     for name in ("factory", way):
         model, guard = fresh()
-        trainer = make_trainer(model, guard, tmp_path, max_steps=4, weight_decay=0.01)
+        trainer = hosts.make_trainer(model, guard, tmp_path, max_steps=4, weight_decay=0.01)
         if name == "class":
             options = {"guard": guard, "lr": 1e-3, "eps": 1e-5}
             trainer.optimizer_cls_and_kwargs = (safeopt.SafeAdamW, options)
@@ -84,7 +110,7 @@ def test_accumulated_micro_batches_take_the_steps_of_whole_ones(tmp_path: Path) 
     for size in (4, 1):
         model, guard = fresh()
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        make_trainer(model, guard, tmp_path, max_steps=6, **options).train()
+        hosts.make_trainer(model, guard, tmp_path, max_steps=6, **options).train()
         weights.append(loops.weights(model))
         assert guard.metrics()["safety/basis_age"] == 6
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
@@ -96,13 +122,13 @@ def test_accumulated_micro_batches_take_the_steps_of_whole_ones(tmp_path: Path) 
 def test_resume_is_bit_exact_across_a_refresh(kind: str, where: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 7, "lr_scheduler_type": "cosine"}
     whole, guard = fresh(kind)
-    make_trainer(whole, guard, tmp_path / "a", **options).train()
+    hosts.make_trainer(whole, guard, tmp_path / "a", **options).train()
     checkpoint = tmp_path / "a" / "checkpoint-7"
     assert not list(checkpoint.glob(".*"))
     if where == "moved":
         checkpoint = checkpoint.rename(tmp_path / "elsewhere")
     resumed, guard_again = fresh(kind)
-    trainer = make_trainer(resumed, guard_again, tmp_path / "a", **options)
+    trainer = hosts.make_trainer(resumed, guard_again, tmp_path / "a", **options)
     if where == "moved":
         trainer.pop_callback(GuardCallback)
         trainer.add_callback(GuardCallback(guard_again, resume_from=checkpoint))
@@ -115,19 +141,19 @@ def test_resume_is_bit_exact_across_a_refresh(kind: str, where: str, tmp_path: P
 
 def test_a_checkpoint_without_its_guard_is_not_resumed(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    make_trainer(*fresh(), tmp_path / "a", **options).train()
+    hosts.make_trainer(*fresh(), tmp_path / "a", **options).train()
     (tmp_path / "a" / "checkpoint-2" / "guard.pt").unlink()
-    trainer = make_trainer(*fresh(), tmp_path / "a", **options)
+    trainer = hosts.make_trainer(*fresh(), tmp_path / "a", **options)
     with pytest.raises(ValueError, match=r"there is no .*checkpoint-2/guard.pt: that checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
 
 
 def test_a_checkpoint_of_another_run_is_not_mistaken_for_ours(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    make_trainer(*fresh(), tmp_path / "a", **options).train()
-    make_trainer(*fresh("lora"), tmp_path / "b", **options).train()
+    hosts.make_trainer(*fresh(), tmp_path / "a", **options).train()
+    hosts.make_trainer(*fresh("lora"), tmp_path / "b", **options).train()
     checkpoint = str(tmp_path / "a" / "checkpoint-2")
-    trainer = make_trainer(*fresh(), tmp_path / "b", **options)
+    trainer = hosts.make_trainer(*fresh(), tmp_path / "b", **options)
     with pytest.raises(ValueError, match=r"resumed at step 2, but not from .*/b/checkpoint-2"):
         trainer.train(resume_from_checkpoint=checkpoint)
 
@@ -136,9 +162,25 @@ def test_thresholds_are_those_of_the_precision_that_trains(tmp_path: Path) -> No
     model = llama(pad_token_id=0)
     guard = safeopt.Guard(model, random_anchors(8))
     before = guard.thresholds.clone()
-    make_trainer(model, guard, tmp_path, max_steps=1, bf16=True, learning_rate=0.0).train()
+    hosts.make_trainer(model, guard, tmp_path, max_steps=1, bf16=True, learning_rate=0.0).train()
     assert not torch.equal(guard.thresholds, before)
     torch.testing.assert_close(guard.thresholds, before, rtol=0, atol=0.05)
+
+
+def test_a_passport_guard_trains_resumes_and_logs(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+    trained = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model = loops.make_model("full")
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            subspace = InputSubspace.measure(model, random_anchors(3), energy=0.8)
+        guard = PassportGuard(model, subspace.pieces())
+        trainer = hosts.make_trainer(model, guard, tmp_path, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.log_history[-2]["safety/removed_fraction"] > 0
+        trained.append(loops.weights(model))
+    torch.testing.assert_close(*trained, rtol=0, atol=0)
 
 
 class Tracker(TrainerCallback):
@@ -155,7 +197,7 @@ class Tracker(TrainerCallback):
 def test_figures_reach_the_log_history_and_every_tracker(tmp_path: Path) -> None:
     model, guard = fresh()
     late, early = Tracker(), Tracker()
-    trainer = make_trainer(model, guard, tmp_path, late, max_steps=3)
+    trainer = hosts.make_trainer(model, guard, tmp_path, late, max_steps=3)
     trainer.callback_handler.callbacks.insert(0, early)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback))
     callback.report_first(trainer)
