@@ -77,16 +77,23 @@ def trainer_and_resumed(kind: str, folder: Path) -> tuple[Weights, Weights]:
     return finished[0], finished[1]
 
 
-def sft_trainer(model: nn.Module, guard: safeopt.Guard, folder: Path, tokenizer: Any) -> None:
+def make_sft_trainer(
+    model: nn.Module, guard: safeopt.Guard, folder: Path, tokenizer: Any, **options: Any
+) -> SFTTrainer:
     skip = {"skip_prepare_dataset": True}
-    SFTTrainer(
+    options = {**trainer_options(folder), **options}
+    return SFTTrainer(
         model,  # type: ignore[arg-type]
-        SFTConfig(**trainer_options(folder), bf16=False, dataset_kwargs=skip),
+        SFTConfig(**options, bf16=False, dataset_kwargs=skip),
         train_dataset=Dataset.from_list(rows()),
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(SafeAdamWFactory, {**OPTIONS, "guard": guard}),
         callbacks=[GuardCallback(guard)],
-    ).train()
+    )
+
+
+def sft_trainer(model: nn.Module, guard: safeopt.Guard, folder: Path, tokenizer: Any) -> None:
+    make_sft_trainer(model, guard, folder, tokenizer).train()
 
 
 class Module(lightning.LightningModule):

@@ -211,6 +211,25 @@ def test_figures_reach_the_log_history_and_every_tracker(tmp_path: Path) -> None
     assert not any(name.startswith("safety/") for name in history[-1])  # the run's summary
 
 
+@pytest.mark.supports(host="SFTTrainer", feature="resume")
+@pytest.mark.supports(host="SFTTrainer", feature="accumulation")
+def test_sft_trainer_accumulates_and_resumes(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 7, "max_steps": 14}
+    trained = []
+    for size, checkpoint in ((4, None), (4, str(tmp_path / "checkpoint-7")), (1, None)):
+        model, guard = fresh()
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        folder = tmp_path if size == 4 else tmp_path / "parts"
+        trainer = hosts.make_sft_trainer(model, guard, folder, tokenizer, **options, **sizes)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trained.append(loops.weights(model))
+    torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=0)
+    torch.testing.assert_close(trained[2], trained[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.supports(host="SFTTrainer", feature="figures logged")
 def test_sft_trainer_makes_the_adapter_itself_and_checkpoints_activations(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -233,6 +252,7 @@ def test_sft_trainer_makes_the_adapter_itself_and_checkpoints_activations(
     trainer.train()
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert all("lora" in name for name in trained)
+    assert [h["safety/basis_age"] for h in trainer.state.log_history[:3]] == [1, 1, 2]
     assert guard.sketch is not None
     assert len(guard.sketch.blocks) == len(trained)
     assert guard.metrics()["safety/removed_fraction"] > 0
