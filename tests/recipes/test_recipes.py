@@ -131,7 +131,10 @@ def test_align_makes_a_lora_adapter_and_wants_both_kinds(recipe: Recipe) -> None
 def test_unknown_flag_is_one_sentence_and_exit_code_2(recipe: Recipe) -> None:
     code, text = recipe("out", "--learning_rat", "1")
     assert code == 2
-    assert text.strip() == "error: unknown option '--learning_rat'; did you mean '--learning_rate'?"
+    # Packages that transformers imports when they are installed may have had their say before.
+    last = text.strip().splitlines()[-1]
+    assert last == "error: unknown option '--learning_rat'; did you mean '--learning_rate'?"
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(
