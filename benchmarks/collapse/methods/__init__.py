@@ -29,6 +29,7 @@ from benchmarks.collapse.methods import (
     safeanchor,
     safegrad,
     sam,
+    second_order,
     sppft,
 )
 from benchmarks.collapse.methods.base import Earlier, Method, Setup
@@ -54,6 +55,7 @@ METHODS: dict[str, Callable[[Setup], Method]] = {
     "safeanchor": safeanchor.build,
     "safegrad": safegrad.build,
     "sam": sam.build,
+    "second_order": second_order.build,
     "sppft": sppft.build,
 }
 
