@@ -131,7 +131,7 @@ class LevelSetCorrection:
             if name in momentum and retraction.along:
                 p.detach().add_(momentum[name].to(p), alpha=retraction.along)
             if before is not None:
-                change.add(name, p.detach() - before)
+                change.add(name, parameters[name].detach() - before)  # as stored
         if not is_fresh:
             return None
         change.sum_shards()

@@ -1,6 +1,7 @@
-"""What a guarded step costs beside AdamW's: time and memory, by parameters, N, q and k.
+r"""What a guarded step costs beside AdamW's: time and memory, by parameters, N, q and k.
 
-    python -m benchmarks.overhead.step --output benchmarks/overhead/results/step-cpu.json
+    python -m benchmarks.overhead.step --part sizes \
+        --output benchmarks/overhead/results/step-sizes-cpu.json
 
 Stacks of square matrices with random gradients and a random sketch of the right shapes: what a
 step costs does not depend on the numbers. Refreshes are `benchmarks.overhead.guard`'s business.
@@ -11,6 +12,7 @@ within a turn.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -57,13 +59,15 @@ class Case:
         return self.layers * self.width**2
 
 
-SIZES = (Case(10, 1024), Case(24, 2048), Case(30, 4096, repeats=5))
+SIZES = (Case(10, 1024), Case(24, 2048))
+LARGE = (Case(30, 4096, repeats=3),)
 MIDDLE = SIZES[1]
 GROWTH = (
     *(Case(MIDDLE.layers, MIDDLE.width, anchors=n) for n in (4, 16, 32)),
     *(Case(MIDDLE.layers, MIDDLE.width, compression_rank=q) for q in (1, 4, 16)),
     *(Case(MIDDLE.layers, MIDDLE.width, rank=k) for k in (1, 4)),
 )
+PARTS = {"sizes": SIZES, "large": LARGE, "growth": GROWTH}
 EMPTY = {
     "10 M parameters, fused": (10, 1024, 31, {"fused": True}),
     "10 M parameters, for-loop": (10, 1024, 31, {"foreach": False}),
@@ -106,12 +110,14 @@ def build(case: Case) -> tuple[Stack, Guard]:
         for name, _ in model.named_parameters()
     }
     sketch = GradientSketch(blocks, torch.zeros(case.anchors), torch.ones(case.anchors))
-    state = guard.state_dict() | {
+    frame = {
+        "anchors": list(range(case.anchors)),
         "sketch": sketch.state_dict(),
-        "violation": torch.zeros(case.anchors, dtype=torch.float64),
-        "anchor_indices": torch.arange(case.anchors),
-        "age": 1,
+        "gram": sketch.gram(),
+        "has_silence": False,
     }
+    no_violation = torch.zeros(case.anchors, dtype=torch.float64)
+    state = guard.state_dict() | {"frame": (frame,), "violation": (no_violation,), "age": 1}
     guard.load_state_dict(state)
     return model, guard
 
@@ -187,6 +193,9 @@ def _ratio(first: list[float], second: list[float]) -> float:
 
 def _peak_mb(step: Callable[[], None]) -> float:
     """What a step takes for a moment beyond what it finds; the process's resident memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # else memory that an earlier step has freed would be taken unseen
+        trim(0)
     reset_peak_memory()
     before = peak_memory_mb()
     step()
@@ -197,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
     """Parse the command line, measure, write the result file."""
     parser = argparse.ArgumentParser(description="Measure what a guarded step costs.")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--part", choices=["empty", "sizes", "growth"], required=True)
+    parser.add_argument("--part", choices=["empty", *PARTS], required=True)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -207,7 +216,7 @@ def main(argv: Sequence[str]) -> int:
     if args.part == "empty":
         result["rows"] = {name: measure_empty(*case) for name, case in EMPTY.items()}
     else:
-        result["rows"] = [measure_case(c) for c in (SIZES if args.part == "sizes" else GROWTH)]
+        result["rows"] = [measure_case(case) for case in PARTS[args.part]]
     write_json(args.output, result)
     return 0
 

@@ -12,6 +12,8 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from safeopt.correction import StepGuard
 from safeopt.optim.base import HoldsGuard
+from safeopt.optim.storage import Precision
+from safeopt_kernels.settings import Rounding
 
 
 class SafeAdamW(HoldsGuard, torch.optim.AdamW):
@@ -28,7 +30,7 @@ class SafeAdamW(HoldsGuard, torch.optim.AdamW):
 
     The constructor is that of `torch.optim.AdamW` with ``guard`` added; optimizer state and
     checkpoints are AdamW's, the guard's state is its own. With ``guard=None`` this is
-    `torch.optim.AdamW` bit for bit.
+    `torch.optim.AdamW` bit for bit, unless ``rounding`` or ``moments_dtype`` ask for more.
 
     Args:
         params: parameters, named parameters or groups, as for AdamW.
@@ -42,6 +44,14 @@ class SafeAdamW(HoldsGuard, torch.optim.AdamW):
         capturable: as in AdamW; not together with a guard.
         differentiable: as in AdamW; not together with a guard.
         fused: as in AdamW.
+        rounding: how bf16 and fp16 weights are stored. "nearest" is AdamW's; steps much smaller
+            than a weight are then lost, and part of what the guard takes out with them.
+            "stochastic" (bf16) rounds up or down by chance with the right mean; "kahan" keeps
+            what was lost in one more tensor, ``state["compensation"]``, for the next step.
+        moments_dtype: torch.float32 keeps the moments of bf16 and fp16 weights in fp32, also
+            through ``load_state_dict``; None in the dtype of the weights, as AdamW does.
+        seed: of stochastic rounding: the random bits depend on it, on the step and on the place
+            of the parameter, and so a resumed run repeats them.
         guard: a guard built on the model whose parameters these are.
 
     Raises:
@@ -66,6 +76,9 @@ class SafeAdamW(HoldsGuard, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        rounding: Rounding = "nearest",
+        moments_dtype: torch.dtype | None = None,
+        seed: int = 0,
         guard: StepGuard | None = None,
     ) -> None:
         super().__init__(
@@ -81,7 +94,7 @@ class SafeAdamW(HoldsGuard, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._hold(guard)
+        self._hold(guard, Precision(rounding, moments_dtype, seed))
 
     def _chunk_step(self) -> None:
         prefer_fused(self, self.param_groups)

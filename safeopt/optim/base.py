@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from safeopt.correction import StepGuard
 from safeopt.optim.reference import guarded_step, named_parameters, still_step
+from safeopt.optim.storage import NarrowStorage, Precision, restore_moments, widened_step
 
 Closure = Callable[[], Any]
 
@@ -52,12 +54,17 @@ class HoldsGuard(Optimizer):
 
     guard: StepGuard | None = None  # unpickled and copied optimizers come without one
 
-    def _hold(self, guard: StepGuard | None) -> None:
-        """Take the guard; the last line of a constructor.
+    _precision = Precision()
+    _storage: NarrowStorage | None = None  # during a step of narrow weights
+
+    def _hold(self, guard: StepGuard | None, precision: Precision | None = None) -> None:
+        """Take the guard and what to do with narrow weights; the last line of a constructor.
 
         Raises:
             ValueError: a parameter is not in the guard's model, or an option that a guard excludes.
         """
+        self._precision = precision or self._precision
+        self._precision.check(self)
         if guard is None:
             return
         check_holdable(self, guard)
@@ -79,6 +86,7 @@ class HoldsGuard(Optimizer):
     def _check_groups_added_to(self, before: list[dict[str, Any]]) -> None:
         """Take new groups away again if the guard cannot take them."""
         try:
+            self._precision.check(self)
             if self.guard is not None:
                 check_holdable(self, self.guard)
         except ValueError:
@@ -98,16 +106,30 @@ class HoldsGuard(Optimizer):
             FloatingPointError: with a guard, if a gradient or an anchor loss is not finite.
                 Weights and optimizer state are untouched.
         """
-        if self.guard is None:
+        if self.guard is None and self._precision.is_plain:
             return self._base_step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            take_step = guarded_step if self._moves() else still_step
-            take_step(self, self.guard, lambda _: self._chunk_step())
+        with torch.no_grad(), self._narrow_weights_open():
+            if self.guard is None:
+                self._base_step()
+            elif self._moves():
+                step = self._chunk_step
+                guarded_step(self, self.guard, lambda _: step(), storage=self._storage)
+            else:
+                still_step(self, self.guard, lambda _: self._chunk_step())
         return loss
+
+    @contextmanager
+    def _narrow_weights_open(self) -> Iterator[None]:
+        if not self._precision.is_plain:
+            self._storage = NarrowStorage(self, self._precision)
+        try:
+            yield
+        finally:
+            self._storage = None
 
     def _moves(self) -> bool:
         """False if no learning rate lets a weight move, as in the first step of a warm-up."""
@@ -119,4 +141,25 @@ class HoldsGuard(Optimizer):
 
     def _base_step(self, closure: Closure | None = None) -> Any:
         """The step of the base optimizer, on whatever ``param_groups`` holds."""
-        return unhooked(super().step.__func__)(self, closure)  # type: ignore[attr-defined]
+        step = unhooked(super().step.__func__)  # type: ignore[attr-defined]
+        if self._storage is None:
+            return step(self, closure)
+        widened_step(self, self._storage, self._precision, lambda: step(self))
+        return None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; fp32 moments of narrow weights stay fp32.
+
+        torch casts whatever it loads to the dtype of the parameter.
+        """
+        loaded: list[dict[str, Any]] = []  # as other hooks leave it
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        if self._precision.moments_dtype is not None:
+            restore_moments(self, loaded[0], self._precision.moments_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_precision": self._precision}

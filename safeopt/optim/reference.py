@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,48 @@ from safeopt.layouts import flattened_hint
 
 BaseStep = Callable[[Optimizer], Any]
 Displacements = Iterator[tuple[str, Tensor]]
-MovedBy = Callable[[Optimizer, dict[str, Tensor], BaseStep, float], Displacements]
+Read = Callable[[Tensor], Tensor]
+MovedBy = Callable[[Optimizer, dict[str, Tensor], BaseStep, float, Read], Displacements]
 
 # Weights copied at a time: few enough to stay in cache, enough to make small tensors cheap.
 _CHUNK_ELEMENTS = 1 << 20
 _MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
+
+
+class Storage:
+    """How a step reads and writes weights; this one works on the parameters' own memory."""
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """What the weights are, as far as this process holds them."""
+        return local(parameter)
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Store what `read` gave and a step has changed."""
+
+
+class OpenWeights(Mapping[str, Tensor]):
+    """Weights by name: read when asked for, written when the next ones are, or asked for again."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], storage: Storage) -> None:
+        self._parameters, self._storage = parameters, storage
+        self._open: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.close()
+        self._open[name] = self._storage.read(self._parameters[name])
+        return self._open[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def close(self) -> None:
+        """Write what is open."""
+        for name, value in self._open.items():
+            self._storage.write(self._parameters[name], value)
+        self._open.clear()
 
 
 def guarded_step(
@@ -28,6 +65,7 @@ def guarded_step(
     guard: StepGuard,
     base_step: BaseStep,
     moved_by: MovedBy | None = None,
+    storage: Storage | None = None,
 ) -> None:
     """Take one step of ``base_step`` that stays on the guard's level set.
 
@@ -40,6 +78,7 @@ def guarded_step(
         guard: the guard of the model they belong to.
         base_step: one unguarded step of ``optimizer``.
         moved_by: how the step is taken, `chunk_by_chunk` or `all_at_once`; the former by default.
+        storage: how weights are read and written; in place by default.
 
     Raises:
         ValueError: a parameter does not belong to the guard's model, or has a sparse gradient.
@@ -50,10 +89,13 @@ def guarded_step(
     check_gradients(parameters)
     guard.refresh_if_due(frozenset(parameters))
     correction = guard.correction(lambda: momentum_of(optimizer, parameters))
-    moves = moved_by or chunk_by_chunk
-    for name, displacement in moves(optimizer, parameters, base_step, guard.brake):
-        correction.observe(name, local(parameters[name]), displacement)
-    correction.finish({name: local(p) for name, p in parameters.items()})
+    moves, storage = moved_by or chunk_by_chunk, storage or Storage()
+    weights = OpenWeights(parameters, storage)
+    for name, displacement in moves(optimizer, parameters, base_step, guard.brake, storage.read):
+        correction.observe(name, weights[name], displacement)
+        weights.close()
+    correction.finish(weights)
+    weights.close()
 
 
 def still_step(optimizer: Optimizer, guard: StepGuard, base_step: BaseStep) -> None:
@@ -115,7 +157,11 @@ def check_gradients(parameters: dict[str, Tensor]) -> None:
 
 
 def chunk_by_chunk(
-    optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep, brake: float = 1.0
+    optimizer: Optimizer,
+    parameters: dict[str, Tensor],
+    base_step: BaseStep,
+    brake: float = 1.0,
+    read: Read = local,
 ) -> Displacements:
     """Step a few parameters at a time and yield each one's name and displacement.
 
@@ -129,30 +175,34 @@ def chunk_by_chunk(
     scratch = torch.empty(0)
     try:
         for group in groups:
-            for chunk in _chunks([p for p in group["params"] if p.grad is not None]):
-                scratch, before = _copies(scratch, chunk)
+            for chunk in chunks([p for p in group["params"] if p.grad is not None]):
+                scratch, before = _copies(scratch, [read(p) for p in chunk])
                 lr = group["lr"] * brake if brake < 1 else group["lr"]
                 optimizer.param_groups = [{**group, "params": chunk, "lr": lr}]
                 base_step(optimizer)
                 for p, old in zip(chunk, before, strict=True):
-                    yield names[id(p)], torch.sub(local(p), old, out=old)
+                    yield names[id(p)], torch.sub(read(p), old, out=old)
     finally:
         optimizer.param_groups = groups
 
 
 def all_at_once(
-    optimizer: Optimizer, parameters: dict[str, Tensor], base_step: BaseStep, brake: float = 1.0
+    optimizer: Optimizer,
+    parameters: dict[str, Tensor],
+    base_step: BaseStep,
+    brake: float = 1.0,
+    read: Read = local,
 ) -> Displacements:
     """Step all parameters together and yield each one's name and displacement.
 
     For optimizers that share state between parameters, or of which nothing is known; it takes a
     copy of all parameters. The learning rate is multiplied by ``brake`` for this step alone.
     """
-    before = {name: local(p).clone() for name, p in parameters.items()}
+    before = {name: read(p).clone() for name, p in parameters.items()}
     with _braked(optimizer.param_groups, brake):
         base_step(optimizer)
     for name, p in parameters.items():
-        yield name, torch.sub(local(p), before.pop(name))
+        yield name, torch.sub(read(p), before.pop(name))
 
 
 @contextmanager
@@ -173,9 +223,8 @@ def _braked(groups: list[dict[str, Any]], brake: float) -> Iterator[None]:
                 group["lr"] = rate
 
 
-def _copies(scratch: Tensor, parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Copies of the parameters in ``scratch``, which grows when it is too small."""
-    parts = [local(p) for p in parameters]
+def _copies(scratch: Tensor, parts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copies of tensors in ``scratch``, which grows when it is too small."""
     sizes = [part.numel() for part in parts]
     first = parts[0]
     if (scratch.dtype, scratch.device) != (first.dtype, first.device) or len(scratch) < sum(sizes):
@@ -186,7 +235,7 @@ def _copies(scratch: Tensor, parameters: list[Tensor]) -> tuple[Tensor, list[Ten
     return scratch, copies
 
 
-def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+def chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive parameters of one type, up to ``_CHUNK_ELEMENTS`` together, or one."""
     chunk: list[Tensor] = []
     for p in parameters:
