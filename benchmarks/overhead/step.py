@@ -79,6 +79,8 @@ EMPTY = {
 class Stack(nn.Module):
     """Square matrices, and logits that do not pass through them: only the step is measured."""
 
+    table: Tensor
+
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
@@ -163,7 +165,7 @@ def measure_empty(layers: int, width: int, repeats: int, options: dict[str, Any]
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     rest: dict[str, Any] = {"lr": 1e-6, **options}
-    steps = {
+    steps: dict[str, Callable[[], Any]] = {
         "adamw": torch.optim.AdamW(model.parameters(), **rest).step,
         "safe_adamw": SafeAdamW(model.parameters(), **rest).step,
     }
