@@ -99,7 +99,7 @@ def gather(
 
     def gathered(name: str, block: Block) -> Block:
         fields = {key: ranks.gather(value, share) for key, value in to_state(block).items()}
-        return _keep(type(block)(**fields), rows_of(parameters[name]))
+        return keep_rows(type(block)(**fields), rows_of(parameters[name]))
 
     losses = ranks.gather(sketch.losses, share)
     return _mapped(sketch, gathered, losses, ranks.gather(sketch.captured_energy, share))
@@ -107,7 +107,7 @@ def gather(
 
 def keep(sketch: GradientSketch, parameters: Parameters) -> GradientSketch:
     """Cut a sketch of whole parameters down to the rows that this process holds of them."""
-    return _mapped(sketch, lambda name, block: _keep(block, rows_of(parameters[name])))
+    return _mapped(sketch, lambda name, block: keep_rows(block, rows_of(parameters[name])))
 
 
 def whole(sketch: GradientSketch, ranks: Ranks, parameters: Parameters) -> GradientSketch:
@@ -155,7 +155,8 @@ def _mapped(
     )
 
 
-def _keep(block: Block, rows: Rows | None) -> Block:
+def keep_rows(block: Block, rows: Rows | None) -> Block:
+    """The part of a block that belongs to some rows of its parameter; all of it for None."""
     if rows is None:
         return block
     if isinstance(block, LowRankBlock):

@@ -57,6 +57,14 @@ class HoldsGuard(Optimizer):
     _precision = Precision()
     _storage: NarrowStorage | None = None  # during a step of narrow weights
 
+    def hold(self, guard: StepGuard) -> None:
+        """Take a guard later, from hosts that shard the model and the optimizer together.
+
+        Raises:
+            ValueError: a parameter is not in the guard's model, or an option that a guard excludes.
+        """
+        self._hold(guard, self._precision)
+
     def _hold(self, guard: StepGuard | None, precision: Precision | None = None) -> None:
         """Take the guard and what to do with narrow weights; the last line of a constructor.
 

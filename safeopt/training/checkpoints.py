@@ -28,7 +28,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_json(temporary / STATE_FILE, state)
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
         os.replace(temporary, folder)
     accelerator.wait_for_everyone()
 
@@ -45,8 +45,19 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def prune(output_dir: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` checkpoints; 0 keeps all."""
+    for leftover in output_dir.glob(".checkpoint-*.old"):
+        shutil.rmtree(leftover)
     for folder in checkpoints(output_dir)[:-keep] if keep else []:
-        shutil.rmtree(folder)
+        _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Take the folder's name away first, so that a kill leaves no half of a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
 
 
 def find(output_dir: Path, resume_from: str) -> Path:

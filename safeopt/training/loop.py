@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from safeopt import Anchors
+from safeopt import Anchors, SafeAdamW
 from safeopt.evaluation.generation import evaluating
 from safeopt.files import write_text
 from safeopt.integrations.accelerate import refuse_unsupported
@@ -129,10 +129,7 @@ class _Run:
     def _prepare(self) -> None:
         self.bare.to(self.accelerator.device)
         self.bare.train()
-        if self.accelerator.is_fsdp2:
-            self._prepare_sharded()
-        else:
-            self._prepare_replicated()
+        self._prepare_parts()
         self.scheduler = get_scheduler(
             self.config.lr_scheduler_type,
             self.optimizer,
@@ -143,21 +140,16 @@ class _Run:
         if self.guard is not None:
             self.accelerator.register_for_checkpointing(self.guard)
 
-    def _prepare_replicated(self) -> None:
+    def _prepare_parts(self) -> None:
         if self.config.optimizer != "adamw":
             refuse_unsupported(self.accelerator.state)
-        # The model first: the guard then measures the anchors in the precision that trains.
-        self.model = self.accelerator.prepare(self.bare)
-        self.guard = optimizers.build_guard(self.bare, self.anchors, self.config)
-        optimizer = optimizers.build_optimizer(self.bare, self.config, self.guard)
-        self.optimizer = self.accelerator.prepare(optimizer)
-
-    def _prepare_sharded(self) -> None:
-        if self.config.optimizer == "safe_adamw":
-            raise ValueError("safe_adamw does not support FSDP2 yet; use DDP, or optimizer=adamw")
-        self.guard = None
-        optimizer = optimizers.build_optimizer(self.bare, self.config, None)
+        # Under FSDP2 Accelerate shards model and optimizer together. The guard comes last: it then
+        # measures the anchors in the precision that trains, and sees which processes train.
+        optimizer = optimizers.build_optimizer(self.bare, self.config)
         self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        self.guard = optimizers.build_guard(self.model, self.anchors, self.config)
+        if isinstance(optimizer, SafeAdamW) and self.guard is not None:
+            optimizer.hold(self.guard)
 
     def train(self) -> TrainResult:
         seconds = 0.0

@@ -23,9 +23,11 @@ class MetricsLog:
         """Keep what was logged up to ``step``; a resumed run writes the rest anew."""
         if self.path is None:
             return
-        old = self.path.read_text("utf-8").splitlines() if step and self.path.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= step]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        old = self.path.read_text("utf-8") if step and self.path.exists() else ""
+        # A killed run may leave half a line at the end.
+        whole = [line for line in old.splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= step]
+        write_text(self.path, "".join(kept))
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line."""

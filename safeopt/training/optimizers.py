@@ -33,7 +33,7 @@ def guard_options(config: TrainConfig) -> dict[str, Any]:
         ValueError: A keyword is unknown; the message names the nearest one.
     """
     accepted = inspect.signature(Guard).parameters
-    names = [name for name in accepted if name not in ("model", "anchors")]
+    names = [name for name in accepted if name not in ("model", "anchors", "process_group")]
     for name in config.guard:
         if name not in names:
             raise ValueError(f"unknown guard option {name!r}{nearest(name, names)}")
@@ -41,7 +41,7 @@ def guard_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def build_guard(model: nn.Module, anchors: Anchors | None, config: TrainConfig) -> Guard | None:
-    """The guard of ``config``, or ``None`` for plain AdamW.
+    """The guard of ``config`` for a prepared model, or ``None`` for plain AdamW.
 
     Raises:
         ValueError: ``safe_adamw`` without anchors.
@@ -53,16 +53,13 @@ def build_guard(model: nn.Module, anchors: Anchors | None, config: TrainConfig) 
     return Guard(model, anchors, **guard_options(config))
 
 
-def build_optimizer(
-    model: nn.Module, config: TrainConfig, guard: Guard | None
-) -> torch.optim.Optimizer:
-    """``torch.optim.AdamW`` without a guard, ``safeopt.SafeAdamW`` with one."""
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of ``config``; `safeopt.SafeAdamW` does not hold its guard yet."""
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }
     groups = parameter_groups(model, config.weight_decay)
-    if guard is None:
-        return torch.optim.AdamW(groups, **options)
-    return SafeAdamW(groups, **options, guard=guard)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else SafeAdamW
+    return kind(groups, **options)
