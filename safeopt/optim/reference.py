@@ -60,6 +60,7 @@ class OpenWeights(Mapping[str, Tensor]):
         self._open.clear()
 
 
+@torch._disable_dynamo  # a compiled ``step`` calls it as it is: a refresh cannot be traced
 def guarded_step(
     optimizer: Optimizer,
     guard: StepGuard,

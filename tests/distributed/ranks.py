@@ -8,12 +8,14 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+_TIMEOUT = 120  # seconds
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
@@ -26,19 +28,21 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def run_ranks(world: int, work: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """``work(*args)`` on every rank of a gloo group; what each of them returns, in order."""
+def run_ranks(world: int, work: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+    """``work`` on every rank of a gloo group; what each of them returns, in order."""
     port = _free_port()
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_child, args=(theirs, rank, world, port, work, args))
+        process = _CONTEXT.Process(
+            target=_child, args=(theirs, rank, world, port, partial(work, *args, **options))
+        )
         process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)
     try:
-        return [_result(rank, pipe, timeout) for rank, pipe in enumerate(pipes)]
+        return [_result(rank, pipe) for rank, pipe in enumerate(pipes)]
     finally:
         for process in processes:
             process.kill()
@@ -52,9 +56,9 @@ def _free_port() -> int:
         return port
 
 
-def _result(rank: int, pipe: Connection, timeout: float) -> Any:
-    if not pipe.poll(timeout):
-        raise TimeoutError(f"rank {rank} has not answered after {timeout:.0f} s")
+def _result(rank: int, pipe: Connection) -> Any:
+    if not pipe.poll(_TIMEOUT):
+        raise TimeoutError(f"rank {rank} has not answered after {_TIMEOUT} s")
     # Tensors travel by value: shared memory would be gone with the process that made it.
     is_error, value = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)
     if is_error:
@@ -62,9 +66,7 @@ def _result(rank: int, pipe: Connection, timeout: float) -> Any:
     return value
 
 
-def _child(
-    pipe: Connection, rank: int, world: int, port: int, work: Callable[..., Any], args: tuple[Any]
-) -> None:
+def _child(pipe: Connection, rank: int, world: int, port: int, work: Callable[[], Any]) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
@@ -72,7 +74,7 @@ def _child(
     )  # fmt: skip
     try:
         dist.init_process_group("gloo")
-        answer = (False, work(*args))
+        answer = (False, work())
     except BaseException:
         answer = (True, traceback.format_exc())
     buffer = io.BytesIO()
