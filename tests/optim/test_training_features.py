@@ -91,7 +91,7 @@ def state_of(model: nn.Module, optimizer: Any) -> Any:
     guard = optimizer.guard.state_dict()
     sketch = guard.pop("frame")[0]["sketch"]["blocks"]
     return copy.deepcopy(
-        [plain_names(model), dict(optimizer.state_dict()["state"]), sketch, guard["age"]]
+        [plain_names(model), dict(optimizer.state_dict()["state"]), sketch, guard["schedule"]]
     )
 
 
