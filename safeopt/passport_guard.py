@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from safeopt.correction import Momentum
 from safeopt.geometry.adapters import bind, clear_adapters
 from safeopt.geometry.blocks import squared_norm
-from safeopt.geometry.coverage import Uncovered, freeze, unwrapped
+from safeopt.geometry.coverage import Uncovered, device_of, freeze, unwrapped
 from safeopt.geometry.subspace import Pieces, removed_by
+from safeopt.passport import Passport, PassportError
+
+_SHOWN = 3  # differences named in full
 
 
 class PassportGuard:
@@ -61,6 +65,41 @@ class PassportGuard:
         self._digest = digest
         self._metrics: dict[str, float] = {}
 
+    @classmethod
+    def from_passport(
+        cls,
+        model: nn.Module,
+        path: str | Path,
+        *,
+        tokenizer: Any = None,
+        check_weights: bool = True,
+        uncovered: Uncovered = "error",
+    ) -> PassportGuard:
+        """Read a passport, check it against the model, and guard the model with it.
+
+        Args:
+            model: the model that the passport was measured on, before training, or a PEFT model
+                around it.
+            path: the passport's file.
+            tokenizer: a tokenizer to be checked too.
+            check_weights: False accepts other weights of the same shapes, as when a run is
+                resumed from a checkpoint.
+            uncovered: see the class.
+
+        Raises:
+            PassportError: the file is no whole, unchanged passport, or is of another model or
+                tokenizer; the message names what differs.
+        """
+        passport = Passport.load(path)
+        inner = unwrapped(model)
+        differing = passport.differences(inner, tokenizer)
+        if not check_weights:
+            differing = [d for d in differing if not d.startswith("other weights")]
+        if differing:
+            raise PassportError(_explain(passport, differing))
+        pieces = passport.subspace.to(device_of(inner)).pieces()
+        return cls(inner, pieces, uncovered=uncovered, digest=passport.digest)
+
     def refresh_if_due(self, names: frozenset[str]) -> None:
         """Nothing is ever due."""
 
@@ -92,6 +131,16 @@ class PassportGuard:
                 f"this checkpoint was made under the passport {state['passport']}, the guard "
                 f"holds {self._digest}; load the same passport file"
             )
+
+
+def _explain(passport: Passport, differing: list[str]) -> str:
+    shown = "; ".join(differing[:_SHOWN])
+    more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    return (
+        f"the passport was measured on {passport.header['model']['name'] or 'another model'}, "
+        f"which differs from this one: {shown}{more}. Load the model it was made for; to resume a "
+        "run whose weights have moved already, pass check_weights=False"
+    )
 
 
 class PieceCorrection:

@@ -1,0 +1,68 @@
+"""Digests of models, tokenizers and anchors: enough to tell whether two are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safeopt.anchors import Anchors
+from safeopt.geometry.adapters import base_name
+
+_SHORT = 16  # hex digits of a parameter's own digest
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The tensor's bytes, on the host, without a further copy."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def weight_digests(model: nn.Module) -> dict[str, str]:
+    """Shape and short digest of every parameter, by its name in the base model.
+
+    Weights are digested as bfloat16, so that one checkpoint has one digest whether it is loaded
+    in fp32 or in bf16; smaller differences are not noticed. LoRA adapters are left out.
+    """
+    digests = {}
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            short = hashlib.sha256(tensor_bytes(p.detach().to(torch.bfloat16))).hexdigest()[:_SHORT]
+            digests[base_name(name)] = f"{'x'.join(map(str, p.shape))} {short}"
+    return dict(sorted(digests.items()))
+
+
+def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
+    """Digests of a tokenizer's vocabulary and of its chat template."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "vocabulary": _text_digest(vocabulary),
+        "chat_template": _text_digest(json.dumps(template, sort_keys=True)),
+    }
+
+
+def anchors_digest(anchors: Anchors) -> str:
+    """Digest of the anchors' tokens, labels and kinds, in order."""
+    digest = hashlib.sha256()
+    for ids, labels, kind in zip(anchors.input_ids, anchors.labels, anchors.kinds, strict=True):
+        digest.update(json.dumps([ids.tolist(), labels.tolist(), kind]).encode())
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], parts: Iterable[str]) -> str:
+    """Digest of some text and of named tensors: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
