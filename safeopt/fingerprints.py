@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.anchors import Anchors
+from safeopt.distributed import is_dtensor
 from safeopt.geometry.adapters import base_name
 
 _SHORT = 16  # hex digits of a parameter's own digest
@@ -30,7 +31,9 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     digests = {}
     for name, p in model.named_parameters():
         if ".lora_" not in name:
-            short = hashlib.sha256(tensor_bytes(p.detach().to(torch.bfloat16))).hexdigest()[:_SHORT]
+            whole: Any = p.detach()
+            whole = whole.full_tensor() if is_dtensor(p) else whole
+            short = hashlib.sha256(tensor_bytes(whole.to(torch.bfloat16))).hexdigest()[:_SHORT]
             digests[base_name(name)] = f"{'x'.join(map(str, p.shape))} {short}"
     return dict(sorted(digests.items()))
 

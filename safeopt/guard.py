@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,7 @@ from safeopt.geometry.coverage import (
     Uncovered,
     device_of,
     find_coverage,
-    freeze,
-    trainable_names,
+    prepare,
     unwrapped,
 )
 from safeopt.geometry.frame import Frame
@@ -34,6 +34,7 @@ from safeopt.geometry.moves import (
     retraction_weights,
 )
 from safeopt.layouts import refuse_flattened
+from safeopt.passport_guard import PassportGuard
 from safeopt.sampling import AnchorSampler
 from safeopt.schedule import RefreshSchedule
 
@@ -146,7 +147,8 @@ class Guard:
         self._sampler = AnchorSampler(anchors.kinds, anchors_per_refresh, seed)
         check_fits(self.model, anchors)
         self._may_ignore = uncovered == "ignore"
-        self._cover(uncovered)
+        prepare(self.model, uncovered)
+        self._coverage()
         self._calibration = Calibration(
             self.model, anchors, budget, reference, anchors_per_refresh, self.ranks
         )
@@ -154,6 +156,11 @@ class Guard:
         self.violation = torch.zeros(0)
         self._longest_step, self.brake = 0.0, 1.0
         self._metrics: dict[str, float] = {}
+
+    @staticmethod
+    def from_passport(model: nn.Module, path: str | Path, **options: Any) -> PassportGuard:
+        """Guard a model without anchors: see `PassportGuard.from_passport` for ``options``."""
+        return PassportGuard.from_passport(model, path, **options)
 
     # -- construction ----------------------------------------------------------------------
 
@@ -165,16 +172,6 @@ class Guard:
         if self.retraction_cap < 0 or not math.isfinite(self.budget):
             given = f"{self.retraction_cap}, {self.budget}"
             raise ValueError(f"retraction_cap must be >= 0 and budget finite, got {given}")
-
-    def _cover(self, uncovered: Uncovered) -> None:
-        if not trainable_names(self.model):
-            raise ValueError(
-                "no parameter of the model requires a gradient: there is nothing to guard; "
-                "unfreeze what you want to train before building the guard"
-            )
-        if uncovered == "freeze":
-            freeze(self.model, find_coverage(self.model).uncovered)
-        self._coverage()
 
     def _coverage(self, names: frozenset[str] | None = None) -> Coverage:
         """The rules for what trains now: adapters and wrappers may have come after the guard."""

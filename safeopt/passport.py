@@ -222,11 +222,9 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _differing_weights(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     found = [f"no parameter {name!r}" for name in mine if name not in theirs]
     found += [f"a further parameter {name!r}" for name in theirs if name not in mine]
-    for name in mine.keys() & theirs.keys():
+    for name in sorted(mine.keys() & theirs.keys()):
         if mine[name].split()[0] != theirs[name].split()[0]:
             found.append(
                 f"shape {theirs[name].split()[0]} of {name!r}, not {mine[name].split()[0]}"
             )
-    if found:
-        return sorted(found)
-    return sorted(f"other weights in {n!r}" for n in mine if mine[n] != theirs[n])
+    return found or [f"other weights in {n!r}" for n in mine if mine[n] != theirs[n]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from safeopt.correction import Momentum
 from safeopt.geometry.adapters import bind, clear_adapters
 from safeopt.geometry.blocks import squared_norm
-from safeopt.geometry.coverage import Uncovered, device_of, freeze, unwrapped
+from safeopt.geometry.coverage import Uncovered, device_of, freeze, prepare, unwrapped
 from safeopt.geometry.subspace import Pieces, removed_by
 from safeopt.passport import Passport, PassportError
 
@@ -51,6 +51,7 @@ class PassportGuard:
         digest: str = "",
     ) -> None:
         self.model = unwrapped(model)
+        prepare(self.model)
         bound = bind(self.model, pieces)
         if bound.unknown and uncovered == "error":
             raise ValueError(

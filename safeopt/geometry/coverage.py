@@ -108,6 +108,17 @@ def trainable_names(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
+def prepare(model: nn.Module, uncovered: Uncovered = "error") -> None:
+    """Freeze what no rule covers if ``uncovered`` is "freeze"; raise if nothing is to train."""
+    if not trainable_names(model):
+        raise ValueError(
+            "no parameter of the model requires a gradient: there is nothing to guard; "
+            "unfreeze what you want to train before building the guard"
+        )
+    if uncovered == "freeze":
+        freeze(model, find_coverage(model).uncovered)
+
+
 def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
     """Stop the named parameters from training."""
     parameters = dict(model.named_parameters())
