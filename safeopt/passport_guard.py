@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from safeopt.correction import Momentum
+from safeopt.distributed import is_dtensor
 from safeopt.geometry.adapters import bind, clear_adapters
 from safeopt.geometry.blocks import squared_norm
 from safeopt.geometry.coverage import Uncovered, device_of, freeze, prepare, unwrapped
@@ -23,7 +24,7 @@ class PassportGuard:
     """Takes out of every step what the anchors of a passport would notice.
 
     s <- s - P s for each parameter alone, at every step: no anchors, no refresh, no state and no
-    communication between ranks that hold whole rows.
+    communication between ranks, which must hold whole parameters.
 
     A LoRA adapter around the model is held by the input side of its matrix: what the anchors feed
     in is taken out of a fresh ``lora_A`` at once, which leaves the model's function alone.
@@ -102,7 +103,17 @@ class PassportGuard:
         return cls(inner, pieces, uncovered=uncovered, digest=passport.digest)
 
     def refresh_if_due(self, names: frozenset[str]) -> None:
-        """Nothing is ever due."""
+        """Nothing is ever due.
+
+        Raises:
+            ValueError: the parameters are sharded.
+        """
+        del names
+        if any(is_dtensor(p) for p in self.model.parameters()):
+            raise ValueError(
+                "a passport does not guard sharded parameters (fully_shard) yet: train with DDP, "
+                "or build a Guard from anchors, which does"
+            )
 
     def correction(self, momentum: Momentum) -> PieceCorrection:
         """Begin the correction of one step; the momentum is not used."""

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import safeopt
+from safeopt.passport_guard import PassportGuard
 from tests.distributed.jobs import (
     GUARD,
     Report,
@@ -248,3 +249,26 @@ def refusal(model: nn.Module) -> str:
 def test_other_placements_are_refused(work: Any) -> None:
     for text in run_ranks(2, work):
         assert "handles fully_shard by rows (dimension 0)" in text
+
+
+def shard_under_a_passport() -> tuple[str, bool]:
+    model = llama()
+    before = [p.detach().clone() for p in model.parameters()]
+    fully_shard(model)
+    guard = PassportGuard(model, {}, uncovered="ignore")
+    optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=1e-2, guard=guard)
+    tokens = torch.randint(0, 97, (2, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    try:
+        optimizer.step()
+    except ValueError as error:
+        now = [p.full_tensor() for p in model.parameters() if isinstance(p, DTensor)]
+        return str(error), all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+    return "no error", False
+
+
+def test_a_passport_refuses_shards() -> None:
+    torch.manual_seed(0)
+    for text, is_clean in run_ranks(2, shard_under_a_passport):
+        assert "a passport does not guard sharded parameters" in text
+        assert is_clean
