@@ -15,6 +15,7 @@ from benchmarks.markdown import fill
 from safeopt.files import write_text
 
 README = Path(__file__).parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
 
 Facts = Mapping[str, Any]
 
@@ -89,6 +90,37 @@ def compression_table(result: Facts) -> str:
     return _markdown(heads, rows)
 
 
+def step_table() -> str:
+    """The guarded step alone, by parameters, from the committed files of `step.py`."""
+    rows = [row for name in ("sizes", "large") for row in _read(f"step-{name}-cpu")["rows"]]
+    lines = [
+        (
+            f"{row['parameters'] / 1e6:.0f} M",
+            f"{row['guarded_over_adamw']:.2f}",
+            f"{row['guarded_over_fused']:.2f}",
+            f"{row['peak_mb']['guarded']:.0f} MB",
+            f"{row['sketch_mb']:.0f} MB",
+            f"{row['weights_mb']:.0f} MB",
+            str(row["repeats"]),
+        )
+        for row in rows
+    ]
+    heads = ("parameters", "over AdamW", "over fused AdamW", "peak beyond its state", "sketch")
+    return _markdown((*heads, "weights", "repeats"), lines)
+
+
+def empty_table() -> str:
+    """SafeAdamW without a guard beside AdamW, from the committed file of `step.py`."""
+    rows = _read("step-empty-cpu")["rows"].items()
+    lines = [(name, f"{row['safe_over_adamw']:.3f}") for name, row in rows]
+    return _markdown(("AdamW step", "SafeAdamW(guard=None) over it"), lines)
+
+
+def _read(name: str) -> Facts:
+    facts: Facts = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return facts
+
+
 def origin(result: Facts) -> str:
     """The command, the machine and the sizes behind the tables."""
     where, sizes = result["environment"], result["settings"]
@@ -119,6 +151,8 @@ def main(argv: Sequence[str]) -> None:
         "memory": memory_table(result),
         "compression": compression_table(result),
         "origin": origin(result),
+        "step": step_table(),
+        "empty": empty_table(),
     }
     write_text(README, fill(README.read_text(encoding="utf-8"), parts))
 
