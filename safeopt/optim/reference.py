@@ -142,11 +142,9 @@ def check_gradients(parameters: dict[str, Tensor]) -> None:
                 f"the gradient of {name!r} is sparse, which a guard does not handle: build its "
                 "embedding with sparse=False"
             )
-    # The largest element and not the length, whose square overflows long before a gradient does.
-    largest = torch._foreach_norm(list(gradients.values()), torch.inf) if gradients else []
-    # One look for all of them: each look makes the host wait for the device.
-    finite = [value.isfinite() for value in largest]
-    is_good = not finite or bool(torch.stack([f.to(finite[0].device) for f in finite]).all())
+    is_good, finite = _finite(gradients, 2.0)  # fast, but the square overflows before a gradient
+    if not is_good:
+        is_good, finite = _finite(gradients, torch.inf)
     if not Ranks.of(parameters).any_shard(not is_good):
         return
     bad = [repr(name) for name, f in zip(gradients, finite, strict=True) if not bool(f)]
@@ -155,6 +153,14 @@ def check_gradients(parameters: dict[str, Tensor]) -> None:
         "the step was not taken: the loss is NaN or overflowed; skip this batch, clip gradients "
         "or lower the learning rate"
     )
+
+
+def _finite(gradients: dict[str, Tensor], order: float) -> tuple[bool, list[Tensor]]:
+    """Whether all norms of this order are finite, and which."""
+    norms = torch._foreach_norm(list(gradients.values()), order) if gradients else []
+    finite = [norm.isfinite() for norm in norms]
+    # One look for all of them: each look makes the host wait for the device.
+    return not finite or bool(torch.stack([f.to(finite[0].device) for f in finite]).all()), finite
 
 
 def chunk_by_chunk(
