@@ -1,0 +1,15 @@
+"""Forecasts of what a planned fine-tuning run does to the anchors, before it runs."""
+
+from safeopt.diagnostics.forecast import Forecast, Verdict, forecast
+from safeopt.diagnostics.pilot import Pilot, PlannedRun, Reading, read_anchors, run_pilot
+
+__all__ = [
+    "Forecast",
+    "Pilot",
+    "PlannedRun",
+    "Reading",
+    "Verdict",
+    "forecast",
+    "read_anchors",
+    "run_pilot",
+]
