@@ -38,6 +38,7 @@ RATES = {"full": (5e-5, 1.25e-4, 3.3e-4, 8e-4, 2e-3), "lora": (3.3e-4, 8e-4, 2e-
 STEPS = (40, 120, 400)
 ANCHORS = 64
 PILOTS, PILOT_STEPS, SHORT_PILOT = 2, 32, 10
+OPENING = 1  # the world's refusals are told by their first word
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ def predict(world: World, cell: Cell, run: RunSettings, anchors: Anchors) -> dic
     """The forecast and the cheap predictors."""
     planned = PlannedRun.from_rates([run.lr * run.rate(step) for step in range(run.steps)])
     model, batches = model_of(world, cell.mode), world.batches(cell.task, run.batch_size)
-    pilots = [
-        run_pilot(model, anchors, batches, planned, steps=PILOT_STEPS) for _ in range(PILOTS)
-    ]
+    pilots = [run_pilot(model, anchors, batches, planned, steps=PILOT_STEPS) for _ in range(PILOTS)]
     made = forecast(pilots)
     accumulated = planned.learning_rate * planned.effective_steps
     gradient, cosine = gradients(model, next(batches), anchors)
@@ -151,7 +150,7 @@ def outcome(world: World, cell: Cell, run: RunSettings) -> dict[str, float]:
         schedule.step()
     after = world.evaluate(model.eval(), cell.task)
     refused = 1 - before["asr"]
-    anchors = read_anchors(model, refusals(world.anchors(cell.task), ANCHORS))
+    anchors = read_anchors(model, refusals(world.anchors(cell.task), ANCHORS), opening=OPENING)
     return {
         "lost": (after["asr"] - before["asr"]) / refused,
         "refusal_nll": after["refusal_nll"],
