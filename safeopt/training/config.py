@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -150,6 +151,12 @@ class TrainConfig:
             f"{self.optimizer} holds no guard, so anchors and guard options would do nothing: set "
             f"optimizer to one of {', '.join(sorted(GUARDED))}, or leave them out",
         )
+
+    def planned_steps(self, rows: int, rows_per_step: int) -> int:
+        """Optimizer steps of a run over ``rows`` rows."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(rows * self.num_train_epochs / rows_per_step)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML."""

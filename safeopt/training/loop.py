@@ -96,9 +96,9 @@ class _Run:
         self.accelerator = make_accelerator(config)
         self.tokenizer = models.load_tokenizer(config) if tokenizer is None else tokenizer
         self.probes = [*([probe] if probe else []), *probes.from_config(config, self.tokenizer)]
-        self.examples = self._tokenize(_rows(config, rows))
+        self.examples = self._tokenize(data.required_rows(config.dataset, rows))
         self.plan = data.BatchPlan(len(self.examples), self._rows_per_step(), config.seed)
-        self.steps = self._planned_steps()
+        self.steps = config.planned_steps(len(self.examples), self.plan.rows_per_step)
         self.output_dir = Path(config.output_dir)
         set_seed(config.seed)
         bare = models.load_model(config) if model is None else model
@@ -115,12 +115,6 @@ class _Run:
     def _rows_per_step(self) -> int:
         config, processes = self.config, int(self.accelerator.num_processes)
         return config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-
-    def _planned_steps(self) -> int:
-        if self.config.max_steps > 0:
-            return self.config.max_steps
-        total = len(self.examples) * self.config.num_train_epochs
-        return math.ceil(total / self.plan.rows_per_step)
 
     def _anchors(self, anchors: Anchors | None) -> Anchors | None:
         if anchors is not None or self.config.anchors is None:
@@ -331,11 +325,3 @@ class _Run:
                 bare.save_pretrained(scratch, state_dict=weights)
                 self.tokenizer.save_pretrained(scratch)
         self.accelerator.wait_for_everyone()
-
-
-def _rows(config: TrainConfig, rows: Sequence[data.Row] | None) -> Sequence[data.Row]:
-    if rows is not None:
-        return rows
-    if config.dataset is None:
-        raise ValueError("set dataset to a JSONL file, or pass rows to train()")
-    return data.read_rows(config.dataset)
