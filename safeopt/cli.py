@@ -1,4 +1,7 @@
-"""Command line of safeopt. Exit codes: 0 done, 2 error, 130 interrupted."""
+"""Command line of safeopt.
+
+Exit codes: 0 done, 2 error, 130 interrupted; of ``diagnose`` also 3 NO-GO and 4 INCONCLUSIVE.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safeopt.diagnose_cli import add_diagnose
 from safeopt.passport_cli import add_inspect, add_measure
 
 if TYPE_CHECKING:
@@ -19,10 +23,14 @@ BUILT_IN = ("advbench", "strongreject", "overrefusal")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = arguments.run
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(arguments, "training_options"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.training_options = rest
+    command: Callable[[argparse.Namespace], int | None] = arguments.run
     try:
-        command(arguments)
+        return command(arguments) or 0
     except KeyboardInterrupt:
         print("\nsafeopt: interrupted; run the same command to start again", file=sys.stderr)
         return 130
@@ -33,16 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
         print(f"safeopt: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="safeopt", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="{demo,measure,inspect,evaluate,env}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{demo,diagnose,measure,inspect,evaluate,env}"
+    )
     _add_demo(commands.add_parser("demo", help="fine-tune a small model with and without a guard"))
+    add_diagnose(
+        commands.add_parser("diagnose", help="forecast what training breaks", allow_abbrev=False)
+    )
     add_measure(commands.add_parser("measure", help="write a model's passport"))
     add_inspect(commands.add_parser("inspect", help="show what a file holds"))
     _add_evaluate(commands.add_parser("evaluate", help="refusals and loss of a model"))

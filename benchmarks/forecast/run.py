@@ -95,7 +95,10 @@ def predict(world: World, cell: Cell, run: RunSettings, anchors: Anchors) -> dic
     """The forecast and the cheap predictors."""
     planned = PlannedRun.from_rates([run.lr * run.rate(step) for step in range(run.steps)])
     model, batches = model_of(world, cell.mode), world.batches(cell.task, run.batch_size)
-    pilots = [run_pilot(model, anchors, batches, planned, steps=PILOT_STEPS) for _ in range(PILOTS)]
+    pilots = [
+        run_pilot(model, anchors, batches, planned, steps=PILOT_STEPS, opening=OPENING)
+        for _ in range(PILOTS)
+    ]
     made = forecast(pilots)
     accumulated = planned.learning_rate * planned.effective_steps
     gradient, cosine = gradients(model, next(batches), anchors)

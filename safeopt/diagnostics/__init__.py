@@ -2,6 +2,7 @@
 
 from safeopt.diagnostics.forecast import Forecast, Verdict, forecast
 from safeopt.diagnostics.pilot import Pilot, PlannedRun, Reading, read_anchors, run_pilot
+from safeopt.diagnostics.report import as_dict, as_markdown
 
 __all__ = [
     "Forecast",
@@ -9,6 +10,8 @@ __all__ = [
     "PlannedRun",
     "Reading",
     "Verdict",
+    "as_dict",
+    "as_markdown",
     "forecast",
     "read_anchors",
     "run_pilot",

@@ -40,6 +40,16 @@ class Diagnosis:
     pilot_steps: int
     anchors: int
 
+    def facts(self) -> dict[str, float]:
+        """Sizes, for a report."""
+        return {
+            "steps": self.steps,
+            "effective_steps_planned": self.planned.effective_steps,
+            "pilots": self.pilots,
+            "pilot_steps": self.pilot_steps,
+            "anchors": self.anchors,
+        }
+
 
 def learning_rates(config: TrainConfig, steps: int) -> list[float]:
     """The learning rate of every step."""
@@ -111,7 +121,7 @@ def diagnose(
             steps=pilot_steps,
             opening=opening,
             optimizer=lambda _, lr: optimizers.build_optimizer(
-                bare, replace(config, optimizer="adamw", learning_rate=lr), None
+                bare, replace(config, optimizer="adamw", learning_rate=lr)
             ),
             loss=lambda m, batch: _mean_nll(m, dict(batch)),
         )

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests import zoo
 from torch import Tensor, nn
 
 from safeopt.diagnostics import PlannedRun, read_anchors, run_pilot
 from safeopt.geometry.capture import logits_of
 from safeopt.losses import reply_nll
+from tests import zoo
 
 
 def batches(count: int = 1000) -> Iterator[dict[str, Tensor]]:
