@@ -19,6 +19,7 @@ def add_diagnose(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Every other option is one of recipes/sft.py, and means the same here."
     for short, name in SHORT.items():
         parser.add_argument(f"--{short}", metavar="VALUE", help=f"the same as --{name}")
+    parser.add_argument("--anchors", type=Path, help="JSONL file of anchors")
     parser.add_argument("--pilots", type=int, default=2, help="pilot runs (default: 2)")
     parser.add_argument("--pilot-steps", type=int, default=32, help="steps of each (default: 32)")
     parser.add_argument(
@@ -42,6 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
     config = parse_args([*_options(arguments), "--output_dir", "."], "safeopt diagnose")
     found = diagnose(
         config,
+        anchors=arguments.anchors,
         pilots=arguments.pilots,
         pilot_steps=arguments.pilot_steps,
         opening=arguments.opening,

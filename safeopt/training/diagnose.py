@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def diagnose(
     tokenizer: Any = None,
     rows: Sequence[data.Row] | None = None,
     *,
-    anchors: Anchors | None = None,
+    anchors: Anchors | str | Path | None = None,
     pilots: int = 2,
     pilot_steps: int = 32,
     opening: int = 4,
@@ -82,16 +83,17 @@ def diagnose(
 ) -> Diagnosis:
     """Forecast what fine-tuning as ``config`` says does to the anchors.
 
-    The forecast is of plain AdamW in one process, whatever ``config.optimizer`` says: that is the
-    run whose danger is asked about. The model is left as it was, but for LoRA when ``config``
-    asks for it.
+    The forecast is of ``config.optimizer`` in one process and without its guard: that is the run
+    whose danger is asked about. The model is left as it was, but for LoRA when ``config`` asks for
+    it.
 
     Args:
         config: options of the run, as for `safeopt.training.train`.
         model: a model in memory; otherwise ``config.model_name_or_path``.
         tokenizer: its tokenizer; otherwise loaded beside the model.
         rows: training rows in memory; otherwise ``config.dataset``.
-        anchors: anchors in memory; otherwise ``config.anchors``. Only ``refuse`` anchors are read.
+        anchors: a JSONL file, or anchors in memory; otherwise ``config.anchors``. Only ``refuse``
+            anchors are read.
         pilots: pilots, each on batches of its own.
         pilot_steps: steps of each.
         opening: reply tokens that tell a refusal.
@@ -121,7 +123,7 @@ def diagnose(
             steps=pilot_steps,
             opening=opening,
             optimizer=lambda _, lr: optimizers.build_optimizer(
-                bare, replace(config, optimizer="adamw", learning_rate=lr)
+                bare, replace(config, learning_rate=lr)
             ),
             loss=lambda m, batch: _mean_nll(m, dict(batch)),
         )
@@ -132,12 +134,13 @@ def diagnose(
     )
 
 
-def _anchors(config: TrainConfig, tokenizer: Any, anchors: Anchors | None) -> Anchors:
-    if anchors is not None:
+def _anchors(config: TrainConfig, tokenizer: Any, anchors: Anchors | str | Path | None) -> Anchors:
+    if isinstance(anchors, Anchors):
         return anchors
-    if config.anchors is None:
+    path = config.anchors if anchors is None else anchors
+    if path is None:
         raise ValueError("a forecast needs anchors: set `anchors` to a JSONL file, or pass them")
-    return Anchors.from_jsonl(config.anchors, tokenizer)
+    return Anchors.from_jsonl(path, tokenizer)
 
 
 def _batches(
