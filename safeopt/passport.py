@@ -105,9 +105,7 @@ class Passport:
         return cls(subspace, header)
 
     def save(self, path: str | Path) -> None:
-        """Write the passport, whole or not at all.
-
-        Bases are stored in fp16 and restored to orthonormal fp32.
+        """Write the passport; bases are stored in fp16 and restored to orthonormal fp32.
 
         Raises:
             ImportError: safetensors is not installed.
@@ -123,11 +121,8 @@ class Passport:
             "digest": tensors_digest(tensors, [FORMAT, header]),
         }
         temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            save_file(tensors, temporary, metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_file(tensors, temporary, metadata)
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Passport:

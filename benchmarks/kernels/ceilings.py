@@ -44,6 +44,12 @@ CEILINGS: Mapping[str, Mapping[str, Ceiling]] = {
         "sm_100": Ceiling(128, 64 * KIB),
         "gfx942": Ceiling(144, 32 * KIB),
     },
+    "onesided": {
+        "sm_80": Ceiling(255, 88 * KIB),
+        "sm_90": Ceiling(255, 88 * KIB),
+        "sm_100": Ceiling(255, 88 * KIB),
+        "gfx942": Ceiling(224, 36 * KIB),
+    },
 }
 
 
@@ -76,11 +82,14 @@ def wide_loads_of_a_tile(specialisation: Specialisation, target: str) -> int:
     Zero where addresses or sizes are not multiples of 16, which rules wide loads out.
     """
     constants = specialisation.constants
+    threads = specialisation.warps * TARGETS[target].warp_size
+    if kernel_name(specialisation) == "onesided":  # of its basis, whose rows are always aligned
+        itemsize = 4 if specialisation.signature["basis"] == "*fp32" else 2
+        return int(constants["R"] * constants["BN"] * itemsize // (threads * WIDE))
     if not constants.get("ALIGNED", False):
         return 0
     names = _LOADED[kernel_name(specialisation)]
     per_weight = sum(_itemsize(constants[name]) for name in names)
-    threads = specialisation.warps * TARGETS[target].warp_size
     return int(constants["BM"] * constants["BN"] * per_weight // (threads * WIDE))
 
 

@@ -4,9 +4,13 @@ r"""K1: an AdamW step whose low-rank part can be taken out, in two passes over a
     pass 2, `apply`:    p <- p + s - sum_i a_i G_i,     G_i = left_i^T right_i
 
 The caller works out a from c in between. Pass 1 hands the step over in the dtype of the weights,
-and c is that of the rounded step, so that what is measured is what is stored. With bf16 weights
-and gradients and fp32 moments a parameter costs 12 bytes read and 10 written in pass 1, 4 read and
-2 written in pass 2: 28. Factors are read once per tile and stay in the L2 cache.
+and c is that of the rounded step, so that what is measured is what is handed over. With bf16
+weights and gradients and fp32 moments a parameter costs 12 bytes read and 10 written in pass 1,
+4 read and 2 written in pass 2: 28. Factors are read once per tile and stay in the L2 cache.
+
+IN_PLACE hands it over in the weights instead: pass 1 writes p + s, s is what was really stored,
+pass 2 subtracts. That costs 26 bytes and no buffer, and rounds the weights twice; stochastic and
+compensated rounding want the one rounding of the step buffer.
 
 One launch does every matrix of a list. A program does one tile of one matrix: ``tiles`` says
 which, ``pieces`` holds the matrix's pointers and sizes (`safeopt_kernels.table`). The tile products
@@ -87,6 +91,7 @@ def propose(
     FACTOR: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     ALIGNED: tl.constexpr,
     N: tl.constexpr,
     BM: tl.constexpr,
@@ -102,7 +107,8 @@ def propose(
     at = row[:, None].to(tl.int64) * cols + col[None, :]
     mask = (row[:, None] < rows) & (col[None, :] < cols)
 
-    p = tl.load(_pointer(piece, P, WEIGHT, ALIGNED) + at, mask=mask, other=0.0).to(tl.float32)
+    p_pointer = _pointer(piece, P, WEIGHT, ALIGNED) + at
+    p = tl.load(p_pointer, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(_pointer(piece, G, WEIGHT, ALIGNED) + at, mask=mask, other=0.0).to(tl.float32)
     m_pointer = _pointer(piece, M, MOMENT, ALIGNED) + at
     v_pointer = _pointer(piece, V, MOMENT, ALIGNED) + at
@@ -111,9 +117,15 @@ def propose(
     tl.store(m_pointer, m.to(MOMENT), mask=mask)
     tl.store(v_pointer, v.to(MOMENT), mask=mask)
     exact = -decay * p - step_size * m / (tl.sqrt(v) / root_correction + eps)
-    rounded = exact.to(WEIGHT)
-    tl.store(_pointer(piece, STEP, WEIGHT, ALIGNED) + at, rounded, mask=mask)
-    step = tl.where(mask, rounded.to(tl.float32), 0.0)
+    if IN_PLACE:
+        moved = (p + exact).to(WEIGHT)
+        tl.store(p_pointer, moved, mask=mask)
+        step = moved.to(tl.float32) - p
+    else:
+        rounded = exact.to(WEIGHT)
+        tl.store(_pointer(piece, STEP, WEIGHT, ALIGNED) + at, rounded, mask=mask)
+        step = rounded.to(tl.float32)
+    step = tl.where(mask, step, 0.0)
     tl.store(norms + tile, tl.sum(step * step))
 
     anchor = tl.arange(0, N)
@@ -145,6 +157,7 @@ def apply(
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUNDING: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -174,8 +187,10 @@ def apply(
 
     p_pointer = _pointer(piece, P, WEIGHT, ALIGNED) + at
     p = tl.load(p_pointer, mask=mask, other=0.0).to(tl.float32)
-    step = tl.load(_pointer(piece, STEP, WEIGHT, ALIGNED) + at, mask=mask, other=0.0)
-    change = step.to(tl.float32) - removed
+    change = -removed
+    if not IN_PLACE:
+        step = tl.load(_pointer(piece, STEP, WEIGHT, ALIGNED) + at, mask=mask, other=0.0)
+        change += step.to(tl.float32)
     if ROUNDING == STOCHASTIC:
         index = tl.load(piece + INDEX)
         bits = random_bits(row, col_block, (cols + 3) // 4, index, seed, step_number, BN)

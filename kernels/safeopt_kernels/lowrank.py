@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from safeopt_kernels import specialisations
-from safeopt_kernels.settings import AdamW, Rounding, Seed
+from safeopt_kernels.settings import AdamW, Rounding, Seed, scalars
 from safeopt_kernels.table import Piece, pointer_table, tile_table
 
 
@@ -30,6 +30,7 @@ def propose(
         _factor_dtype(pieces),
         count,
         aligned=all(piece.is_aligned() for piece in pieces),
+        in_place=first.step is None,
         backend=backend,
         exact_dot=is_interpreted(),
     )
@@ -43,14 +44,7 @@ def propose(
             partials,
             norms,
             count,
-            adamw.decay,
-            adamw.step_size,
-            adamw.beta1,
-            1 - adamw.beta1,
-            adamw.beta2,
-            1 - adamw.beta2,
-            adamw.root_correction,
-            adamw.eps,
+            *scalars(adamw),
             **spec.constants,
             num_warps=spec.warps,
         )
@@ -72,6 +66,7 @@ def apply(
         _factor_dtype(pieces),
         rounding,
         aligned=all(piece.is_aligned() for piece in pieces),
+        in_place=first.step is None,
         backend=backend,
     )
     device = first.p.device

@@ -76,7 +76,7 @@ def store_kahan(p: Tensor, change: Tensor, compensation: Tensor) -> None:
         compensation: dtype of p; what is still owed to p.
     """
     owed = change + compensation.to(change)
-    exact = p.to(change)
+    exact = p.to(change.dtype, copy=True)
     p.copy_(exact + owed)
     compensation.copy_(owed - (p.to(change) - exact))
 

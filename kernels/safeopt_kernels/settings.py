@@ -65,3 +65,17 @@ class Seed:
 
     seed: int = 0
     step: int = 0
+
+
+def scalars(adamw: AdamW) -> tuple[float, ...]:
+    """What kernels take: 1 - beta is worked out here, where it is exact."""
+    return (
+        adamw.decay,
+        adamw.step_size,
+        adamw.beta1,
+        1 - adamw.beta1,
+        adamw.beta2,
+        1 - adamw.beta2,
+        adamw.root_correction,
+        adamw.eps,
+    )

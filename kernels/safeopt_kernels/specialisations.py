@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from safeopt_kernels import adamw_lowrank
+from safeopt_kernels import adamw_lowrank, adamw_onesided
 from safeopt_kernels.settings import ROUNDINGS, Rounding
 
 TRITON_DTYPES: Mapping[torch.dtype, tl.dtype] = {
@@ -27,6 +27,10 @@ TRITON_DTYPES: Mapping[torch.dtype, tl.dtype] = {
 }
 SMALLEST_COUNT = 16
 COUNTS = (16, 64)  # compiled ahead of time; other powers of two are compiled when they are met
+
+
+RANKS = (16, 64, 256)
+FLOATS = ("decay", "step_size", "beta1", "rest1", "beta2", "rest2", "root_correction", "eps")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Tiling:
 
 PROPOSE = Tiling(rows=64, cols=128, ranks=32, warps=8)
 APPLY = Tiling(rows=64, cols=128, ranks=32, warps=8)
+ONESIDED = Tiling(rows=16, cols=32, ranks=64, warps=4)
+WIDE_ONESIDED = Tiling(rows=16, cols=32, ranks=64, warps=8)  # from 128 directions
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,9 @@ class Specialisation:
         signature: type of each runtime argument in order, as Triton writes them ("*i64", "fp32").
         constants: value of each constexpr argument.
         warps: warps of a program.
-        bytes_per_parameter: what one launch must move per weight, factors left out.
+        bytes_per_parameter: what one launch must move per weight, factors left out, and what a
+            program reads again counted once.
+        divisible: integer arguments that are multiples of 16, beside the pointers.
     """
 
     name: str
@@ -69,6 +77,7 @@ class Specialisation:
     constants: Mapping[str, Any]
     warps: int
     bytes_per_parameter: float
+    divisible: tuple[str, ...] = ()
 
     @property
     def full_signature(self) -> dict[str, str]:
@@ -77,12 +86,12 @@ class Specialisation:
 
     @property
     def attributes(self) -> dict[tuple[int], list[list[Any]]]:
-        """Divisibility by 16 of every pointer argument, as the launcher finds it at run time."""
+        """Divisibility by 16 of the arguments, as the launcher finds it at run time."""
         names = self.kernel.arg_names
         return {
             (names.index(name),): [["tt.divisibility", 16]]
             for name, kind in self.signature.items()
-            if kind.startswith("*")
+            if kind.startswith("*") or name in self.divisible
         }
 
 
@@ -107,6 +116,7 @@ def propose(
     count: int,
     *,
     aligned: bool,
+    in_place: bool = False,
     backend: str = "cuda",
     exact_dot: bool = False,
 ) -> Specialisation:
@@ -118,6 +128,7 @@ def propose(
         factor: dtype of the factors.
         count: N, number of low-rank parts.
         aligned: every address and size is a multiple of 16.
+        in_place: hand the step over in the weights, without a buffer.
         backend: "cuda" or "hip".
         exact_dot: multiply in fp32 also where both operands have the same 16-bit dtype. The
             products are the same numbers; the interpreter cannot multiply bfloat16.
@@ -129,17 +140,17 @@ def propose(
         "FACTOR": TRITON_DTYPES[factor],
         "DOT": TRITON_DTYPES[factor] if same else tl.float32,
         "PRECISION": dot_precision(backend),
+        "IN_PLACE": in_place,
         "ALIGNED": aligned,
         "N": holding(count),
     } | _blocks(PROPOSE)
     pointers = {"pieces": "*i64", "tiles": "*i32", "partials": "*fp32", "norms": "*fp32"}
-    floats = (
-        "decay", "step_size", "beta1", "rest1", "beta2", "rest2", "root_correction", "eps"
-    )  # fmt: skip
     return Specialisation(
-        name=_name("propose", weight, moment, factor, holding(count), aligned=aligned),
+        name=_name(
+            _handed("propose", in_place), weight, moment, factor, holding(count), aligned=aligned
+        ),
         kernel=adamw_lowrank.propose,
-        signature=pointers | {"count": "i32"} | dict.fromkeys(floats, "fp32"),
+        signature=pointers | {"count": "i32"} | dict.fromkeys(FLOATS, "fp32"),
         constants=constants,
         warps=PROPOSE.warps,
         bytes_per_parameter=3 * weight.itemsize + 4 * moment.itemsize,
@@ -152,6 +163,7 @@ def apply(
     rounding: Rounding,
     *,
     aligned: bool,
+    in_place: bool = False,
     backend: str = "cuda",
 ) -> Specialisation:
     """Pass 2 of K1; arguments as for `propose`."""
@@ -160,10 +172,11 @@ def apply(
         "FACTOR": TRITON_DTYPES[factor],
         "PRECISION": dot_precision(backend),
         "ROUNDING": ROUNDINGS.index(rounding),
+        "IN_PLACE": in_place,
         "ALIGNED": aligned,
     } | _blocks(APPLY)
     return Specialisation(
-        name=_name("apply", weight, factor, rounding, aligned=aligned),
+        name=_name(_handed("apply", in_place), weight, factor, rounding, aligned=aligned),
         kernel=adamw_lowrank.apply,
         signature={
             "pieces": "*i64", "tiles": "*i32", "weights": "*fp32",
@@ -171,7 +184,7 @@ def apply(
         },
         constants=constants,
         warps=APPLY.warps,
-        bytes_per_parameter=(5 if rounding == "kahan" else 3) * weight.itemsize,
+        bytes_per_parameter=(2 + (not in_place) + 2 * (rounding == "kahan")) * weight.itemsize,
     )  # fmt: skip
 
 
@@ -180,10 +193,70 @@ def specialisations(backend: str = "cuda") -> Iterator[Specialisation]:
     single, half = torch.float32, (torch.bfloat16, torch.float16)
     pairs = [(single, single)] + [(w, f) for w in half for f in (single, w)]
     for (weight, factor), aligned in itertools.product(pairs, (True, False)):
-        for count in COUNTS:
-            yield propose(weight, single, factor, count, aligned=aligned, backend=backend)
+        options: dict[str, Any] = {"aligned": aligned, "backend": backend}
+        for count, in_place in itertools.product(COUNTS, (False, True)):
+            yield propose(weight, single, factor, count, in_place=in_place, **options)
         for rounding in roundings_of(weight):
-            yield apply(weight, factor, rounding, aligned=aligned, backend=backend)
+            yield apply(weight, factor, rounding, **options)
+        yield apply(weight, factor, "nearest", in_place=True, **options)
+    for (weight, factor), rank in itertools.product(pairs, RANKS):
+        for rounding in roundings_of(weight):
+            for aligned in (True, False):
+                yield onesided(
+                    weight, single, factor, rank, rounding, aligned=aligned, backend=backend
+                )
+
+
+def onesided(
+    weight: torch.dtype,
+    moment: torch.dtype,
+    factor: torch.dtype,
+    rank: int,
+    rounding: Rounding = "nearest",
+    *,
+    aligned: bool = True,
+    backend: str = "cuda",
+    exact_dot: bool = False,
+) -> Specialisation:
+    """K2; arguments as for `propose`.
+
+    Args:
+        weight: dtype of weights, gradients and the stash.
+        moment: dtype of the two moments.
+        factor: dtype of the basis.
+        rank: columns of the basis, a multiple of 16.
+        rounding: how the weights are stored.
+        aligned: the number of columns is a multiple of 16, as the number of directions always is.
+        backend: "cuda" or "hip".
+        exact_dot: as for `propose`.
+    """
+    same = weight == factor and not exact_dot
+    wide = holding(rank)
+    tiling = ONESIDED if wide < 128 else WIDE_ONESIDED
+    constants = {
+        "DOT": TRITON_DTYPES[factor] if same else tl.float32,
+        "PRECISION": dot_precision(backend),
+        "ROUNDING": ROUNDINGS.index(rounding),
+        "R": wide,
+    } | _blocks(tiling)
+    constants["BK"] = min(wide, tiling.ranks)
+    w, m, f = (f"*{TRITON_DTYPES[dtype].name}" for dtype in (weight, moment, factor))
+    pointers = {"p": w, "g": w, "m": m, "v": m, "basis": f, "stash": w}
+    pointers |= {"images": "*fp32", "compensation": w}
+    integers = {"rows": "i32", "cols": "i32", "rank": "i32", "seed": "i64", "step_number": "i64"}
+    return Specialisation(
+        name=_name("onesided", weight, moment, factor, wide, rounding, aligned=aligned),
+        kernel=adamw_onesided.onesided,
+        signature=pointers
+        | {"norms": "*fp32"}
+        | integers
+        | {"index": "i64"}
+        | dict.fromkeys(FLOATS, "fp32"),
+        constants=constants,
+        warps=tiling.warps,
+        bytes_per_parameter=(4 + 2 * (rounding == "kahan")) * weight.itemsize + 4 * moment.itemsize,
+        divisible=("cols", "rank") if aligned else ("rank",),
+    )
 
 
 def roundings_of(weight: torch.dtype) -> tuple[Rounding, ...]:
@@ -191,6 +264,10 @@ def roundings_of(weight: torch.dtype) -> tuple[Rounding, ...]:
     if weight == torch.bfloat16:
         return ROUNDINGS
     return ("nearest", "kahan") if weight == torch.float16 else ("nearest",)
+
+
+def _handed(kernel: str, in_place: bool) -> str:
+    return f"{kernel}_in_place" if in_place else kernel
 
 
 def _blocks(tiling: Tiling) -> dict[str, int]:

@@ -21,7 +21,7 @@ class Piece:
 
     Attributes:
         p: weights, (rows, cols).
-        step: dtype of p, (rows, cols).
+        step: dtype of p, (rows, cols); None hands the step over in the weights themselves.
         g: gradient, dtype of p, (rows, cols).
         m: first moment, (rows, cols).
         v: second moment, dtype of m, (rows, cols).
@@ -32,7 +32,7 @@ class Piece:
     """
 
     p: Tensor
-    step: Tensor
+    step: Tensor | None = None
     g: Tensor | None = None
     m: Tensor | None = None
     v: Tensor | None = None

@@ -1,1 +1,0 @@
-"""Is the forecast right? Predicted against actual, beside cheap predictors."""
