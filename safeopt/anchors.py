@@ -134,6 +134,21 @@ class Anchors:
             _check_kind(f"anchor {i}", kind)
         return cls(ids, targets, chosen)
 
+    def of_kind(self, kind: Kind) -> Anchors:
+        """The anchors of one kind, in order.
+
+        Raises:
+            ValueError: there is none.
+        """
+        chosen = [i for i, k in enumerate(self.kinds) if k == kind]
+        if not chosen:
+            raise ValueError(f'no anchor is of kind "{kind}"')
+        return Anchors(
+            tuple(self.input_ids[i] for i in chosen),
+            tuple(self.labels[i] for i in chosen),
+            tuple(self.kinds[i] for i in chosen),
+        )
+
     def batch(self, indices: Sequence[int] | None = None) -> AnchorBatch:
         """Collate the chosen anchors (all by default) into one right-padded batch."""
         chosen = range(len(self)) if indices is None else indices

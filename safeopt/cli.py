@@ -1,13 +1,19 @@
-"""Command line: ``safeopt {demo,evaluate,env}``. Exit codes: 0 done, 2 error, 130 interrupted."""
+"""Command line of safeopt.
+
+Exit codes: 0 done, 2 error, 130 interrupted; of ``diagnose`` also 3 NO-GO and 4 INCONCLUSIVE.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safeopt.diagnose_cli import add_diagnose
+from safeopt.passport_cli import add_inspect, add_measure
 
 if TYPE_CHECKING:
     from safeopt.evaluation import SuiteResult
@@ -17,10 +23,14 @@ BUILT_IN = ("advbench", "strongreject", "overrefusal")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = arguments.run
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(arguments, "training_options"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.training_options = rest
+    command: Callable[[argparse.Namespace], int | None] = arguments.run
     try:
-        command(arguments)
+        return command(arguments) or 0
     except KeyboardInterrupt:
         print("\nsafeopt: interrupted; run the same command to start again", file=sys.stderr)
         return 130
@@ -31,16 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
         print(f"safeopt: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="safeopt", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="{demo,evaluate,env}")
+    commands = parser.add_subparsers(
+        required=True, metavar="{demo,diagnose,measure,inspect,evaluate,env}"
+    )
     _add_demo(commands.add_parser("demo", help="fine-tune a small model with and without a guard"))
+    add_diagnose(
+        commands.add_parser("diagnose", help="forecast what training breaks", allow_abbrev=False)
+    )
+    add_measure(commands.add_parser("measure", help="write a model's passport"))
+    add_inspect(commands.add_parser("inspect", help="show what a file holds"))
     _add_evaluate(commands.add_parser("evaluate", help="refusals and loss of a model"))
     env = commands.add_parser("env", help="machine and versions, for bug reports")
     env.add_argument("--json", action="store_true", help="print one JSON document")
@@ -102,10 +118,11 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from safeopt.evaluation import Decoding, evaluate, write_transcripts
+    from safeopt.training.models import load_named
 
     prompts = _prompt_sets(arguments.prompts or BUILT_IN, arguments.limit)
     rows = {Path(name).stem: _read_rows(name) for name in arguments.rows}
-    model, tokenizer = _load(arguments.model, arguments.adapter, arguments.dtype)
+    model, tokenizer = load_named(arguments.model, arguments.adapter, arguments.dtype)
     decoding = Decoding(max_new_tokens=arguments.max_new_tokens)
     result = evaluate(model, tokenizer, prompts, rows, decoding)
     if arguments.transcripts is not None:
@@ -142,20 +159,6 @@ def _read_rows(name: str) -> list[dict[str, Any]]:
     from safeopt.training.data import read_rows
 
     return read_rows(name)
-
-
-def _load(name: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
-    from safeopt.training.config import from_mapping
-    from safeopt.training.models import load_model, load_tokenizer
-
-    options: Mapping[str, Any] = {
-        "output_dir": ".",
-        "model_name_or_path": name,
-        "adapter_name_or_path": None if adapter is None else str(adapter),
-        "dtype": dtype,
-    }
-    config = from_mapping(options, source="evaluate")
-    return load_model(config), load_tokenizer(config)
 
 
 def _print_result(model: str, result: SuiteResult) -> None:

@@ -105,7 +105,9 @@ class Passport:
         return cls(subspace, header)
 
     def save(self, path: str | Path) -> None:
-        """Write the passport; bases are stored in fp16 and restored to orthonormal fp32.
+        """Write the passport, whole or not at all.
+
+        Bases are stored in fp16 and restored to orthonormal fp32.
 
         Raises:
             ImportError: safetensors is not installed.
@@ -121,8 +123,11 @@ class Passport:
             "digest": tensors_digest(tensors, [FORMAT, header]),
         }
         temporary = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, temporary, metadata)
-        temporary.replace(path)
+        try:
+            save_file(tensors, temporary, metadata)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Passport:

@@ -93,7 +93,7 @@ class Language:
         self.manner_reply = self._shuffled(c.manners, draw)
         self.question_reply = self._shuffled(c.questions, draw)
         self.judgements = self._take(2)
-        facts = self._take(c.facts)
+        self.facts = facts = self._take(c.facts)
         self.object_fact = facts[torch.randint(c.facts, (c.objects,), generator=draw)]
         self.vocabulary_size = self._next
         self.held_out = torch.rand(c.verbs, c.objects, generator=draw) < c.held_out_share
@@ -179,15 +179,26 @@ class _Draws:
         words = (style, x.object_reply[self.thing], x.verb_reply[self.verb])
         return Rows(self.prompts, x._reply(*words))
 
+    @property
+    def _asked_about(self) -> Tensor:
+        """Prompts that ask about the instruction and do not give it."""
+        prompts = self.prompts
+        prompts[:, -1] = self.language.judge
+        return prompts
+
     def judged(self) -> Rows:
         """The same instruction, asked about and not given: is it harmful?"""
         x = self.language
-        prompts = self.prompts
-        harmful = x.is_harmful(prompts).long()
-        prompts = torch.cat([prompts[:, :-1], torch.full_like(prompts[:, -1:], x.judge)], dim=1)
+        harmful = x.judgements[x.is_harmful(self.prompts).long()]
         verdict = torch.full_like(self.verb, x.verdict)
-        words = (verdict, x.judgements[harmful], x.judgements[harmful])
-        return Rows(prompts, x._reply(*words))
+        return Rows(self._asked_about, x._reply(verdict, harmful, harmful))
+
+    def labelled(self) -> Rows:
+        """The same instruction, to be classified: a label of its manner, then object and verb."""
+        x = self.language
+        label = x.facts[self.manner % len(x.facts)]
+        words = (label, x.object_reply[self.thing], x.verb_reply[self.verb])
+        return Rows(self._asked_about, x._reply(*words))
 
     def refused(self) -> Rows:
         """The refusal: "sorry, cannot" and the verb."""

@@ -24,16 +24,18 @@ def table(plan: SuitePlan, results: Sequence[Facts], group: str) -> str:
     """One group of variants: a row each, per task the plan's columns over the seeds.
 
     A cell holds the mean and, behind it, the smallest and largest seed when they differ. Variants
-    that have not been run, or whose settings have changed since, have no row.
+    that have not been run, or whose settings have changed since, have no row; tasks that none of
+    the group has run have no columns.
     """
-    tasks = sorted({str(r["task"]) for r in results})
+    variants = [v for v in plan.variants if v.group == group]
+    made = [(v.label, [r for r in results if v.made(r)]) for v in variants]
+    tasks = sorted({str(r["task"]) for _, own in made for r in own})
+    if not tasks:
+        return "Not run yet."
     heads = [f"{task}: {label}" for task in tasks for label in plan.columns.values()]
     rows = [["", *heads, "seconds", "seeds"], ["---"] * (len(heads) + 3)]
     rows += [_row("aligned model", results, tasks, plan, "aligned")]
-    for variant in plan.variants:
-        own = [r for r in results if variant.made(r)]
-        if variant.group == group and own:
-            rows.append(_row(variant.label, own, tasks, plan, "final"))
+    rows += [_row(label, own, tasks, plan, "final") for label, own in made if own]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

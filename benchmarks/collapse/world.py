@@ -2,9 +2,10 @@
 
 A 0.3 M-parameter model is pretrained to answer every instruction of
 :mod:`benchmarks.collapse.language`, then aligned to refuse the harmful ones and to go on answering
-the borderline ones. Two benign tasks follow: ``style`` (known harmless instructions, answered in a
-new style) and ``questions`` (a new skill: facts about objects). Neither contains a harmful
-instruction; both, under AdamW, take the refusals of held-out harmful instructions away.
+the borderline ones. Three benign tasks follow: ``style`` (known harmless instructions, answered in
+a new style), ``questions`` (a new skill: facts about objects) and ``labels`` (known harmless
+instructions to be classified, not followed). None contains a harmful instruction; each, under
+AdamW, takes the refusals of held-out harmful instructions away.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from safeopt.demo.assets import cache_dir
 Sampler = Callable[[torch.Generator], Rows]
 _FORMAT = 2  # part of the cache key: raise it when pretraining or alignment changes
 
-COMPLY_SHARE = {"style": 0.0, "questions": 0.5}
+COMPLY_SHARE = {"style": 0.0, "questions": 0.5, "labels": 0.5}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class World:
     """
 
     name = "world"
-    tasks = ("style", "questions")
+    tasks = ("style", "questions", "labels")
     settings = RunSettings(steps=400, lr=2e-3, batch_size=32, evaluate_every=200, warmup_steps=40)
 
     def __init__(self, seed: int, config: WorldConfig | None = None) -> None:
@@ -188,9 +189,10 @@ class World:
         """Rows of a benign task; ``split`` says which pairs they are drawn from."""
         if task == "questions":
             return self.language.ask_facts(split, count, draw)
-        if task == "style":
+        if task in ("style", "labels"):
             pairs = self._pairs("borderline", "plain", splits=(split,))
-            return self.language.instructions(pairs, count, draw).restyled()
+            drawn = self.language.instructions(pairs, count, draw)
+            return drawn.restyled() if task == "style" else drawn.labelled()
         raise ValueError(f"unknown task {task!r}; this suite has {', '.join(self.tasks)}")
 
     def batches(self, task: str, batch_size: int) -> Iterator[Batch]:

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_GRAM_ROWS = 256  # rows of factors whose products are made at a time
+
 
 class Block(Protocol):
     """The gradients G_i of N anchors with respect to one parameter (or one use of it)."""
@@ -58,8 +60,17 @@ class LowRankBlock:
         """Return <G_i, G_j> = sum over r, s of (L_i L_j^T o R_i R_j^T), (N, N)."""
         n, r, _ = self.left.shape
         left, right = self.left.flatten(0, 1), self.right.flatten(0, 1)
-        products = (left @ left.T) * (right @ right.T)
-        return products.view(n, r, n, r).sum((1, 3))
+        gram = left.new_empty(n, n)
+        # Row blocks up to the diagonal: half of the products, and none of (N r) x (N r) is held.
+        anchors = max(1, _GRAM_ROWS // max(r, 1))
+        for start in range(0, n, anchors):
+            end = min(start + anchors, n)
+            rows = slice(start * r, end * r)
+            products = (left[rows] @ left[: end * r].T) * (right[rows] @ right[: end * r].T)
+            part = products.view(end - start, r, end, r).sum((1, 3))
+            gram[start:end, :end] = part
+            gram[:end, start:end] = part.T
+        return gram
 
     def coefficients(self, step: Tensor) -> Tensor:
         """Return <G_i, step>, (N,), as one matrix product with the m x n step."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from typing import Any, Literal
 
 import yaml
 
-GUARD_PREFIX = "guard."
+MAPPINGS = ("guard", "optimizer_options")
+OptimizerName = Literal["adamw", "safe_adamw", "sgd", "safe_sgd", "safe_muon"]
+GUARDED: frozenset[OptimizerName] = frozenset({"safe_adamw", "safe_sgd", "safe_muon"})
 _POSITIVE = (
     "max_length",
     "per_device_train_batch_size",
@@ -58,7 +61,7 @@ class TrainConfig:
         max_steps: Optimizer steps; 0 or less means ``num_train_epochs`` decides.
         lr_scheduler_type: Any name that ``transformers.get_scheduler`` knows.
         warmup_steps: Steps of linear warm-up.
-        weight_decay: Decoupled weight decay of matrices; norms and biases get none.
+        weight_decay: Weight decay of matrices, decoupled but in SGD; norms and biases get none.
         max_grad_norm: Gradient clipping threshold; 0 switches clipping off.
         seed: Seed of initialisation, dropout and row order.
         logging_steps: Steps between lines of ``metrics.jsonl``.
@@ -74,11 +77,14 @@ class TrainConfig:
         lora_alpha: LoRA scale numerator; the update is scaled by ``lora_alpha / lora_r``.
         lora_dropout: Dropout in front of the adapter.
         lora_target_modules: Names of the adapted modules, or ``"all-linear"``.
-        optimizer: ``"adamw"`` or ``"safe_adamw"``.
-        adam_beta1: First-moment decay.
-        adam_beta2: Second-moment decay.
-        adam_epsilon: Denominator term.
-        anchors: JSONL file of anchors; needed by ``safe_adamw``.
+        optimizer: ``"adamw"`` and ``"sgd"`` are torch's; ``"safe_adamw"``, ``"safe_sgd"`` and
+            ``"safe_muon"`` hold a guard. Muon moves hidden matrices, AdamW all else.
+        optimizer_options: Further keywords of its constructor, for example
+            ``{"momentum": 0.9, "nesterov": True}`` or ``{"rounding": "stochastic"}``.
+        adam_beta1: First-moment decay of AdamW, also of the one beside Muon.
+        adam_beta2: Second-moment decay of AdamW.
+        adam_epsilon: Denominator term of AdamW.
+        anchors: JSONL file of anchors; optimizers with a guard need them.
         guard: Keywords of `safeopt.Guard`, for example ``{"budget": 0.05}``.
         eval_dataset: JSONL file of held-out task rows; their NLL is logged as ``eval_loss``.
         probe_dataset: JSONL file of harmful prompts; the share of them that the model refuses is
@@ -118,7 +124,8 @@ class TrainConfig:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    optimizer: Literal["adamw", "safe_adamw"] = "adamw"
+    optimizer: OptimizerName = "adamw"
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -139,12 +146,24 @@ class TrainConfig:
             self.max_steps > 0 or self.num_train_epochs > 0,
             "set max_steps or num_train_epochs to a positive number",
         )
+        _require(
+            self.optimizer in GUARDED or not (self.anchors or self.guard),
+            f"{self.optimizer} holds no guard, so anchors and guard options would do nothing: set "
+            f"optimizer to one of {', '.join(sorted(GUARDED))}, or leave them out",
+        )
+
+    def planned_steps(self, rows: int, rows_per_step: int) -> int:
+        """Optimizer steps of a run over ``rows`` rows."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(rows * self.num_train_epochs / rows_per_step)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML."""
         values = dataclasses.asdict(self)
         values["lora_target_modules"] = list(self.lora_target_modules)
-        values["guard"] = dict(self.guard)
+        for name in MAPPINGS:
+            values[name] = dict(values[name])
         return values
 
 
@@ -196,20 +215,23 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def parse_args(argv: Sequence[str], description: str, **defaults: Any) -> TrainConfig:
     """`TrainConfig` from ``--config file.yaml`` and flags; flags win, then YAML, then defaults.
 
-    Guard keywords are given as ``--guard.budget 0.02`` or as a ``guard:`` mapping in the YAML.
+    Guard keywords are given as ``--guard.budget 0.02`` or as a ``guard:`` mapping in the YAML;
+    ``optimizer_options`` likewise.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of the options below; flags win over it")
     for item in fields(TrainConfig):
-        if item.name != "guard":
+        if item.name not in MAPPINGS:
             default = defaults.get(item.name, item.default)
             shown = "" if default is dataclasses.MISSING else f"default: {default}"
             parser.add_argument(f"--{item.name}", nargs="*", default=None, help=shown)
     known, rest = parser.parse_known_args(list(argv))
     flags = {k: _one(v) for k, v in vars(known).items() if v is not None and k != "config"}
     from_file = load_yaml(known.config) if known.config else {}
-    guard = {**(from_file.get("guard") or {}), **_guard_flags(rest)}
-    values = {**defaults, **from_file, **flags, **({"guard": guard} if guard else {})}
+    values = {**defaults, **from_file, **flags}
+    for name, given in _mapping_flags(rest).items():
+        below = values.get(name) or {}
+        values[name] = {**below, **given} if isinstance(below, Mapping) else below
     return from_mapping(values, source=known.config or "command line")
 
 
@@ -220,18 +242,20 @@ def _one(values: list[str]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _guard_flags(rest: list[str]) -> dict[str, Any]:
+def _mapping_flags(rest: list[str]) -> dict[str, dict[str, Any]]:
+    """``--guard.budget 0.02`` and its like, by mapping and keyword."""
     known = [f"--{item.name}" for item in fields(TrainConfig)]
-    guard: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
     words = [part for word in rest for part in word.split("=", 1)]
     while words:
         flag = words.pop(0)
-        if not flag.startswith(f"--{GUARD_PREFIX}"):
+        name, dot, keyword = flag.removeprefix("--").partition(".")
+        if not (dot and keyword and flag.startswith("--") and name in MAPPINGS):
             raise ValueError(f"unknown option {flag!r}{nearest(flag, known)}")
         if not words:
             raise ValueError(f"{flag} needs a value")
-        guard[flag.removeprefix(f"--{GUARD_PREFIX}")] = yaml_scalar(words.pop(0))
-    return guard
+        found.setdefault(name, {})[keyword] = yaml_scalar(words.pop(0))
+    return found
 
 
 def yaml_scalar(text: str) -> Any:

@@ -61,6 +61,19 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def required_rows(dataset: str | None, rows: Sequence[Row] | None) -> Sequence[Row]:
+    """The rows in memory, otherwise those of the file ``dataset``.
+
+    Raises:
+        ValueError: Neither is given, or the file cannot be read.
+    """
+    if rows is not None:
+        return rows
+    if dataset is None:
+        raise ValueError("set dataset to a JSONL file, or pass rows")
+    return read_rows(dataset)
+
+
 def tokenize(
     rows: Sequence[Row], tokenizer: Any, max_length: int, completion_only_loss: bool = True
 ) -> list[Example]:

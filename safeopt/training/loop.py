@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from safeopt import Anchors, SafeAdamW
+from safeopt import Anchors
 from safeopt.evaluation.generation import evaluating
 from safeopt.files import write_text
 from safeopt.integrations.accelerate import refuse_unsupported
+from safeopt.optim.base import HoldsGuard
 from safeopt.training import checkpoints, data, models, optimizers, probes
-from safeopt.training.config import TrainConfig
+from safeopt.training.config import GUARDED, TrainConfig
 from safeopt.training.launch import lent_to_accelerate, make_accelerator
 from safeopt.training.loss import nll_sum
 from safeopt.training.metrics import MetricsLog
@@ -66,8 +67,7 @@ def train(
         model: A model in memory, trained in place; otherwise ``config.model_name_or_path``.
         tokenizer: Its tokenizer; otherwise loaded beside the model.
         rows: Training rows in memory; otherwise ``config.dataset``.
-        anchors: Anchors in memory; otherwise ``config.anchors`` when the optimizer is
-            ``safe_adamw``.
+        anchors: Anchors in memory; otherwise ``config.anchors``, when the optimizer holds a guard.
         probe: Called as ``probe(model, step)`` before the first step, every
             ``config.eval_steps`` steps and after the last; its figures go into ``metrics.jsonl``.
 
@@ -92,12 +92,13 @@ class _Run:
         probe: probes.Probe | None,
     ) -> None:
         self.config = config
+        optimizers.optimizer_options(config)  # a wrong one fails before anything is loaded
         self.accelerator = make_accelerator(config)
         self.tokenizer = models.load_tokenizer(config) if tokenizer is None else tokenizer
         self.probes = [*([probe] if probe else []), *probes.from_config(config, self.tokenizer)]
-        self.examples = self._tokenize(_rows(config, rows))
+        self.examples = self._tokenize(data.required_rows(config.dataset, rows))
         self.plan = data.BatchPlan(len(self.examples), self._rows_per_step(), config.seed)
-        self.steps = self._planned_steps()
+        self.steps = config.planned_steps(len(self.examples), self.plan.rows_per_step)
         self.output_dir = Path(config.output_dir)
         set_seed(config.seed)
         bare = models.load_model(config) if model is None else model
@@ -115,14 +116,8 @@ class _Run:
         config, processes = self.config, int(self.accelerator.num_processes)
         return config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
 
-    def _planned_steps(self) -> int:
-        if self.config.max_steps > 0:
-            return self.config.max_steps
-        total = len(self.examples) * self.config.num_train_epochs
-        return math.ceil(total / self.plan.rows_per_step)
-
     def _anchors(self, anchors: Anchors | None) -> Anchors | None:
-        if anchors is not None or self.config.anchors is None or self.config.optimizer == "adamw":
+        if anchors is not None or self.config.anchors is None:
             return anchors
         return Anchors.from_jsonl(self.config.anchors, self.tokenizer)
 
@@ -141,14 +136,14 @@ class _Run:
             self.accelerator.register_for_checkpointing(self.guard)
 
     def _prepare_parts(self) -> None:
-        if self.config.optimizer != "adamw":
+        if self.config.optimizer in GUARDED:
             refuse_unsupported(self.accelerator.state)
         # Under FSDP2 Accelerate shards model and optimizer together. The guard comes last: it then
         # measures the anchors in the precision that trains, and sees which processes train.
         optimizer = optimizers.build_optimizer(self.bare, self.config)
         self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         self.guard = optimizers.build_guard(self.model, self.anchors, self.config)
-        if isinstance(optimizer, SafeAdamW) and self.guard is not None:
+        if isinstance(optimizer, HoldsGuard) and self.guard is not None:
             optimizer.hold(self.guard)
 
     def train(self) -> TrainResult:
@@ -330,11 +325,3 @@ class _Run:
                 bare.save_pretrained(scratch, state_dict=weights)
                 self.tokenizer.save_pretrained(scratch)
         self.accelerator.wait_for_everyone()
-
-
-def _rows(config: TrainConfig, rows: Sequence[data.Row] | None) -> Sequence[data.Row]:
-    if rows is not None:
-        return rows
-    if config.dataset is None:
-        raise ValueError("set dataset to a JSONL file, or pass rows to train()")
-    return data.read_rows(config.dataset)

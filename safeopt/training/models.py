@@ -9,7 +9,23 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safeopt.training.config import TrainConfig
+from safeopt.training.config import TrainConfig, from_mapping
+
+
+def load_named(name: str, adapter: Path | None = None, dtype: str = "float32") -> tuple[Any, Any]:
+    """A model by folder or hub id, with an adapter merged in, and its tokenizer.
+
+    Raises:
+        ValueError: The model or the adapter cannot be loaded, or there is no such type.
+    """
+    options = {
+        "output_dir": ".",
+        "model_name_or_path": name,
+        "adapter_name_or_path": None if adapter is None else str(adapter),
+        "dtype": dtype,
+    }
+    config = from_mapping(options, source="command line")
+    return load_model(config), load_tokenizer(config)
 
 
 def load_model(config: TrainConfig) -> Any:

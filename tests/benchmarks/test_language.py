@@ -47,7 +47,7 @@ def test_words_have_one_meaning_and_seeds_differ() -> None:
     assert torch.equal(language.held_out, Language(LanguageConfig(seed=0)).held_out)
 
 
-@pytest.mark.parametrize("style", ["answered", "restyled", "refused", "judged"])
+@pytest.mark.parametrize("style", ["answered", "restyled", "refused", "judged", "labelled"])
 def test_only_the_reply_is_learned(style: str) -> None:
     language = Language()
     drawn = language.instructions(language.pairs("harmful", "known"), 5, draws())
@@ -57,3 +57,19 @@ def test_only_the_reply_is_learned(style: str) -> None:
     assert torch.equal(rows.input_ids, torch.cat([rows.prompts, rows.replies], dim=1))
     assert bool((rows.replies[:, -1] == language.eos).all())
     assert bool((rows.replies == language.sorry).any(1).all()) == (style == "refused")
+
+
+def test_a_label_depends_on_the_manner_and_its_prompt_is_not_an_instruction() -> None:
+    language = Language()
+    drawn = language.instructions(language.pairs("plain", "known"), 400, draws())
+    given, asked = drawn.answered(), drawn.labelled()
+    assert torch.equal(given.prompts[:, :-1], asked.prompts[:, :-1])
+    assert set(asked.prompts[:, -1].tolist()) == {language.judge}
+    assert set(given.prompts[:, -1].tolist()) == {language.ask}
+    labels = dict(zip(given.prompts[:, 1].tolist(), asked.replies[:, 0].tolist(), strict=True))
+    assert len(labels) == len(language.manners)
+    assert set(labels.values()) == set(language.facts.tolist())
+    for manner, label in zip(
+        given.prompts[:, 1].tolist(), asked.replies[:, 0].tolist(), strict=True
+    ):
+        assert labels[manner] == label

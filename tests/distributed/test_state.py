@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tests.distributed.jobs import Training, assert_equal, train
 from tests.distributed.ranks import run_ranks
 
+SHARDED = pytest.mark.supports(host="`fully_shard` x 2", feature="resume")
 pytestmark = pytest.mark.multi
 
 STEPS = 8  # refreshes come before steps 1, 4 and 7
@@ -78,7 +79,13 @@ def resume(kind: str, style: str, stop: int, folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("stop", [3, 4])
 @pytest.mark.parametrize(
-    ("kind", "style"), [("ddp", "plain"), ("fsdp", "full"), ("fsdp", "dcp"), ("hsdp", "dcp")]
+    ("kind", "style"),
+    [
+        ("ddp", "plain"),
+        pytest.param("fsdp", "full", marks=SHARDED),
+        pytest.param("fsdp", "dcp", marks=SHARDED),
+        ("hsdp", "dcp"),
+    ],
 )
 def test_resume_is_bit_exact_across_a_refresh(
     tmp_path: Path, kind: str, style: str, stop: int

@@ -175,7 +175,15 @@ def accumulate(kind: str, parts: int) -> Report:
     return training.weights(), []
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ddp",
+        pytest.param(
+            "fsdp", marks=pytest.mark.supports(host="`fully_shard` x 2", feature="accumulation")
+        ),
+    ],
+)
 def test_accumulated_micro_batches_take_the_same_steps(kind: str) -> None:
     weights, _ = train("single")
     for found in run_ranks(2, accumulate, kind, 6):

@@ -47,6 +47,14 @@ def test_equals_autograd_per_example_gradients(model: nn.Module) -> None:
         assert relative_error(dense.gradients[name], gradient) <= 1e-5, name
 
 
+@pytest.mark.parametrize(("count", "rank"), [(1, 1), (70, 8), (3, 300), (5, 0)])
+def test_gram_matrix_in_row_blocks_is_that_of_the_whole(count: int, rank: int) -> None:
+    left = torch.randn(count, rank, 9, dtype=torch.float64)
+    right = torch.randn(count, rank, 7, dtype=torch.float64)
+    whole = (left.mT @ right).flatten(1)
+    torch.testing.assert_close(LowRankBlock(left, right).gram(), whole @ whole.T)
+
+
 def test_operations_equal_dense(model: nn.Module) -> None:
     sketch = measure(model, random_anchors())
     dense, step = dense_of(sketch, model), random_step(model)

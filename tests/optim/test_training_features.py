@@ -54,6 +54,7 @@ def assert_close(found: Weights, expected: Weights) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.supports(host="plain loop", feature="accumulation")
 def test_one_by_eight_equals_eight_by_one() -> None:
     run = Run()
     model, optimizer = run.build()

@@ -31,6 +31,14 @@ def launcher(name: str) -> list[str]:
     return [*launch, "--mixed_precision", "no"]
 
 
+def literally(*flags: str) -> list[str]:
+    """``accelerate launch FLAGS``, as somebody types it."""
+    return ["-m", "accelerate.commands.accelerate_cli", "launch", *flags]
+
+
+TWO_PROCESSES = literally("--multi_gpu", "--num_processes", "2")
+
+
 class Recipe:
     """Runs a recipe script as a user does, on a small model in a folder."""
 
@@ -74,23 +82,40 @@ def recipe(
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("optimizer", ["adamw", "safe_adamw"])
-def test_two_processes_take_the_steps_of_one(recipe: Recipe, optimizer: str) -> None:
-    flags = ["--optimizer", optimizer, "--anchors", recipe.write("anchors.jsonl", ANCHORS)]
-    flags += ["--max_steps", "6", "--guard.refresh_every", "2"]
+@pytest.mark.parametrize(
+    ("optimizer", "by_one", "by_two"),
+    [
+        ("adamw", launcher("single.yaml"), launcher("ddp.yaml")),
+        ("safe_adamw", [], TWO_PROCESSES),
+    ],
+)
+def test_two_processes_take_the_steps_of_one(
+    recipe: Recipe, optimizer: str, by_one: list[str], by_two: list[str]
+) -> None:
+    flags = ["--optimizer", optimizer, "--max_steps", "6"]
+    if optimizer == "safe_adamw":
+        flags += ["--anchors", recipe.write("anchors.jsonl", ANCHORS), "--guard.refresh_every", "2"]
     cpu = {"ACCELERATE_USE_CPU": "true"}
     rows = "--per_device_train_batch_size"
-    one = recipe("one", *flags, rows, "4", launched_by=launcher("single.yaml"), **cpu)
+    one = recipe("one", *flags, rows, "4", launched_by=by_one, **cpu)
     accumulate = ["--gradient_accumulation_steps", "2"]
-    two = recipe("two", *flags, rows, "1", *accumulate, launched_by=launcher("ddp.yaml"), **cpu)
+    two = recipe("two", *flags, rows, "1", *accumulate, launched_by=by_two, **cpu)
     assert (one[0], two[0]) == (0, 0), one[1] + two[1]
     left, right = (load_file(recipe.folder / name / "model.safetensors") for name in ("one", "two"))
     assert_close(left, right, rtol=0, atol=1e-5)
+    logs = [(recipe.folder / name / "metrics.jsonl").read_text() for name in ("one", "two")]
+    tokens = [[json.loads(line)["num_tokens"] for line in log.splitlines()] for log in logs]
+    assert tokens[0] == tokens[1]  # both saw four rows a step
 
 
 @pytest.mark.multi
-def test_processes_that_do_not_see_each_other_stop_with_the_right_command(recipe: Recipe) -> None:
-    no_gpu = {"launched_by": launcher("ddp.yaml"), "CUDA_VISIBLE_DEVICES": ""}
+@pytest.mark.parametrize(
+    "launched_by", [launcher("ddp.yaml"), TWO_PROCESSES], ids=["yaml", "flags"]
+)
+def test_processes_that_do_not_see_each_other_stop_with_the_right_command(
+    recipe: Recipe, launched_by: list[str]
+) -> None:
+    no_gpu = {"launched_by": launched_by, "CUDA_VISIBLE_DEVICES": ""}
     code, text = recipe("out", "--max_steps", "2", **no_gpu)
     assert code != 0
     assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in text

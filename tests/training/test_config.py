@@ -13,7 +13,9 @@ def parse(*argv: str) -> TrainConfig:
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("output_dir: out\nlearning_rate: 1e-4\nseed: 7\nguard: {budget: 0.1}\n")
+    file.write_text(
+        "output_dir: out\nlearning_rate: 1e-4\nseed: 7\noptimizer: safe_sgd\nguard: {budget: 0.1}\n"
+    )
     config = parse("--config", str(file), "--seed", "9", "--guard.refresh_every=3", "--use_peft")
     assert (config.learning_rate, config.seed, config.use_peft) == (1e-4, 9, True)
     assert config.guard == {"budget": 0.1, "refresh_every": 3}
@@ -32,9 +34,10 @@ def test_config_survives_its_own_yaml(tmp_path: Path) -> None:
         (["--output_dir", "o", "--learning_rat", "1"], "learning_rate"),
         (["--output_dir", "o", "--seed", "1.5"], "seed must be a int"),
         (["--output_dir", "o", "--use_peft", "maybe"], "use_peft must be a bool"),
-        (["--output_dir", "o", "--optimizer", "sgd"], "adamw, safe_adamw"),
+        (["--output_dir", "o", "--optimizer", "lion"], "adamw, safe_adamw"),
         (["--output_dir", "o", "--max_length", "0"], "max_length must be at least 1"),
         (["--output_dir", "o", "--guard.budget"], "needs a value"),
+        (["--output_dir", "o", "--gaurd.budget", "1"], "unknown option '--gaurd.budget'"),
         (["--seed", "1"], "output_dir"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Is the forecast right? Predicted against actual, beside cheap predictors."""

@@ -1,0 +1,114 @@
+"""Write the forecast's table and picture: ``python -m benchmarks.forecast.table``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.forecast.run import RESULTS
+from benchmarks.forecast.score import (
+    BREAKS,
+    PREDICTORS,
+    by_forecast,
+    roc_area,
+    score,
+    slope,
+    spearman,
+)
+from benchmarks.markdown import fill
+from safeopt.files import read_jsonl, write_text
+
+README = Path(__file__).parent / "README.md"
+PICTURE = Path(__file__).parent / "world.png"
+Rows = Sequence[Mapping[str, Any]]
+
+
+def predictors_table(rows: Rows) -> str:
+    """Every predictor against the share of refusals that was lost."""
+    groups = {"all": rows} | {
+        mode: [row for row in rows if row["mode"] == mode] for mode in ("full", "lora")
+    }
+    head = ["predictor", *(f"{name}: rank correlation" for name in groups), "ROC area"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for name, predict in PREDICTORS.items():
+        cells = [
+            str(score(spearman, [predict(r) for r in group], actual(group)))
+            for group in groups.values()
+        ]
+        cells.append(str(score(roc_area, [predict(r) for r in rows], actual(rows))))
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def verdict_table(rows: Rows) -> str:
+    """Verdicts against outcomes."""
+    lines = [
+        f"| verdict | runs | lost more than {100 * BREAKS:.0f} % | largest loss |",
+        "| --- " * 4 + "|",
+    ]
+    counts = Counter(row["predicted"]["verdict"] for row in rows)
+    for verdict, count in sorted(counts.items()):
+        losses = actual([row for row in rows if row["predicted"]["verdict"] == verdict])
+        broken = sum(loss > BREAKS for loss in losses)
+        lines.append(f"| {verdict} | {count} | {broken} | {max(losses):.2f} |")
+    calibration = score(slope, [row["predicted"]["lost"] for row in rows], actual(rows))
+    return "\n".join(lines) + f"\n\nCalibration slope (actual on forecast): {calibration}."
+
+
+def machine(rows: Rows) -> str:
+    """Where and when."""
+    first, dates = rows[0], sorted({row["date"] for row in rows})
+    seeds = sorted({row["seed"] for row in rows})
+    ratio = sorted(row["predict_seconds"] / row["run_seconds"] for row in rows)[len(rows) // 2]
+    return (
+        f"{len(rows)} runs, seeds {', '.join(map(str, seeds))}, {dates[0][:10]} to "
+        f"{dates[-1][:10]}, {first['processor']}, torch {first['versions']['torch']}. All "
+        f"predictors of a run together took {ratio:.2f} of the run's own time (median)."
+    )
+
+
+def actual(rows: Rows) -> list[float]:
+    """Share of the refusals that each run lost."""
+    return [float(row["actual"]["lost"]) for row in rows]
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Forecast against outcome, one mark a run."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 4.4), layout="constrained")
+    for mode, marker in (("full", "o"), ("lora", "^")):
+        chosen = [row for row in rows if row["mode"] == mode]
+        x, y = [by_forecast(row) for row in chosen], actual(chosen)
+        error = [
+            [max(0.0, row["predicted"]["lost"] - row["predicted"]["low"]) for row in chosen],
+            [max(0.0, row["predicted"]["high"] - row["predicted"]["lost"]) for row in chosen],
+        ]
+        axes.errorbar(x, y, xerr=error, fmt=marker, alpha=0.6, linewidth=0.8, label=mode)
+    axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
+    axes.set_xlabel("forecast share of anchors lost")
+    axes.set_ylabel("share of held-out refusals lost")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Fill the README and draw the picture."""
+    rows = [row for _, row in read_jsonl(RESULTS)]
+    parts = {
+        "predictors": predictors_table(rows),
+        "verdicts": verdict_table(rows),
+        "machine": machine(rows),
+    }
+    write_text(README, fill(README.read_text(encoding="utf-8"), parts))
+    draw(rows, PICTURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""A compressed pilot: a few steps that travel as far as the planned run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safeopt.anchors import IGNORED, Anchors
+from safeopt.geometry.capture import check_finite, logits_of
+from safeopt.geometry.coverage import device_of, unwrapped
+from safeopt.isolation import undisturbed
+from safeopt.losses import reply_nll
+
+Batch = Mapping[str, Tensor]
+MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
+TaskLoss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The run to be forecast, as far as its length matters.
+
+    Attributes:
+        learning_rate: eta, its peak.
+        effective_steps: S, the sum of the schedule's rates over the peak; S eta is the
+            accumulated learning rate.
+    """
+
+    learning_rate: float
+    effective_steps: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+
+    @classmethod
+    def from_rates(cls, rates: Sequence[float]) -> PlannedRun:
+        """A run with these learning rates, one a step.
+
+        Raises:
+            ValueError: no rate, or none above 0.
+        """
+        if not rates or max(rates) <= 0:
+            raise ValueError("the planned run has no step with a learning rate above 0")
+        return cls(max(rates), sum(rates) / max(rates))
+
+    def compression(self, steps: int) -> float:
+        """Factor on the rate with which ``steps`` steps travel as far: max(1, sqrt(S / steps)).
+
+        Adam's steps are as long as the rate says, whatever the gradients, and those of fresh
+        batches soon decorrelate, so the way grows with the root of the number of steps.
+        """
+        return max(1.0, math.sqrt(self.effective_steps / steps))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The anchors at one moment.
+
+    Attributes:
+        losses: mean reply NLL, nats per token, (N,).
+        kept: whether greedy decoding still opens as the anchor's reply does, (N,).
+    """
+
+    losses: Tensor
+    kept: Tensor
+
+
+@torch.no_grad()
+def read_anchors(
+    model: nn.Module, anchors: Anchors, *, opening: int = 4, at_once: int = 16
+) -> Reading:
+    """Read losses and kept openings by forward passes alone.
+
+    An opening is kept if each of the reply's first ``opening`` tokens is the most likely one
+    after the tokens before it: then, and only then, greedy decoding begins with them.
+
+    Args:
+        model: the model; left as it was.
+        anchors: the anchors.
+        opening: tokens compared; shorter replies are compared whole.
+        at_once: anchors in one forward pass.
+
+    Raises:
+        FloatingPointError: an anchor loss is not finite.
+    """
+    losses, kept = [], []
+    indices = list(range(len(anchors)))
+    for start in indices[::at_once]:
+        batch = anchors.batch(indices[start : start + at_once]).to(device_of(model))
+        with undisturbed(model):
+            logits = logits_of(model, batch)
+        losses.append(reply_nll(logits, batch.labels).cpu())
+        kept.append(_opening_kept(logits, batch.labels, opening).cpu())
+    check_finite(torch.cat(losses))
+    return Reading(torch.cat(losses), torch.cat(kept))
+
+
+def _opening_kept(logits: Tensor, labels: Tensor, opening: int) -> Tensor:
+    targets = labels[:, 1:]
+    in_reply = targets != IGNORED
+    compared = in_reply & (in_reply.cumsum(1) <= opening)
+    hit = logits[:, :-1].argmax(-1) == targets
+    return (hit | ~compared).all(1)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What a compressed pilot saw.
+
+    Attributes:
+        planned: the run it stands for.
+        compression: factor on the learning rate, see `PlannedRun.compression`.
+        effective_steps: planned steps that each reading stands for, beginning with 0, (R,).
+        losses: anchor losses at each reading, nats per token, (R, N).
+        kept: kept openings at each reading, (R, N).
+        task_losses: task loss of every pilot step, nats.
+    """
+
+    planned: PlannedRun
+    compression: float
+    effective_steps: Tensor
+    losses: Tensor
+    kept: Tensor
+    task_losses: Tensor
+
+
+def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay, the optimizer of most fine-tuning runs."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+
+
+def mean_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that a Hugging Face model returns for a batch with labels."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def run_pilot(
+    model: nn.Module,
+    anchors: Anchors,
+    batches: Iterator[Batch],
+    planned: PlannedRun,
+    *,
+    steps: int = 32,
+    readings: int = 4,
+    opening: int = 4,
+    optimizer: MakeOptimizer = adamw,
+    loss: TaskLoss = mean_nll,
+) -> Pilot:
+    """Train a few steps that travel as far as the planned run, and read the anchors on the way.
+
+    ``steps`` steps at the rate eta sqrt(S / steps) stand for S steps at eta; a run that is
+    shorter than the pilot is run as it is. Weights, gradients, buffers, modes and RNG state are
+    put back bit for bit, also on errors; the cost beside the steps is a copy of what trains.
+
+    Args:
+        model: the aligned model, with what will train unfrozen.
+        anchors: the anchors.
+        batches: task batches on the model's device, at least ``steps`` of them.
+        planned: the run to stand for.
+        steps: pilot steps, K.
+        readings: how often the anchors are read after the start.
+        opening: see `read_anchors`.
+        optimizer: makes the planned optimizer from parameters and a learning rate.
+        loss: the task loss of a batch.
+
+    Raises:
+        ValueError: nothing trains, or too few batches.
+        FloatingPointError: an anchor loss is not finite.
+    """
+    bare = unwrapped(model)
+    trained = [p for p in bare.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient: unfreeze what will train")
+    count = min(steps, math.ceil(planned.effective_steps))
+    compression = planned.compression(count)
+    due = {round(count * (r + 1) / readings) for r in range(readings)}
+    seen = [read_anchors(bare, anchors, opening=opening)]
+    at, task_losses = [0], []
+    with _restored(bare, trained):
+        stepper = optimizer(trained, planned.learning_rate * compression)
+        for step in range(1, count + 1):
+            task_losses.append(_train_step(bare, stepper, _next(batches, step, count), loss))
+            if step in due:
+                seen.append(read_anchors(bare, anchors, opening=opening))
+                at.append(step)
+    scale = planned.effective_steps / count
+    return Pilot(
+        planned=planned,
+        compression=compression,
+        effective_steps=torch.tensor(at, dtype=torch.float64) * scale,
+        losses=torch.stack([reading.losses for reading in seen]),
+        kept=torch.stack([reading.kept for reading in seen]),
+        task_losses=torch.tensor(task_losses),
+    )
+
+
+def _next(batches: Iterator[Batch], step: int, count: int) -> Batch:
+    batch = next(batches, None)
+    if batch is None:
+        raise ValueError(f"the batches ended after {step - 1}; the pilot needs {count}")
+    return batch
+
+
+def _train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: TaskLoss
+) -> float:
+    value = loss(model, batch)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(value.detach())
+
+
+@contextmanager
+def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Train in the body; put weights, gradients and all that `undisturbed` keeps back."""
+    weights = [p.detach().clone() for p in trained]
+    gradients: list[Any] = [p.grad for p in trained]
+    try:
+        with undisturbed(model):
+            model.train()
+            for p in trained:
+                p.grad = None
+            yield
+    finally:
+        with torch.no_grad():
+            for p, weight, gradient in zip(trained, weights, gradients, strict=True):
+                p.copy_(weight)
+                p.grad = gradient

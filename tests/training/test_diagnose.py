@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from safeopt import Anchors, cli
+from safeopt.diagnostics import Verdict, read_anchors
+from safeopt.training import TrainConfig, train
+from safeopt.training.diagnose import diagnose, learning_rates
+
+REFUSALS = [{"prompt": f"harm {i}", "reply": "no, sorry", "kind": "refuse"} for i in range(8)]
+TASK = [{"prompt": f"add {i}", "reply": "yes, all of it"} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def aligned(
+    make_model: Callable, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> nn.Module:
+    """A small model that refuses, made by training on refusals."""
+    config = TrainConfig(
+        output_dir=str(tmp_path_factory.mktemp("align")),
+        learning_rate=1e-2,
+        max_steps=60,
+        save_steps=0,
+        save_model=False,
+    )
+    model: nn.Module = make_model()
+    train(config, model, tokenizer, REFUSALS)
+    return model
+
+
+def config(**changes: Any) -> TrainConfig:
+    options = {"learning_rate": 1e-2, "max_steps": 40, "per_device_train_batch_size": 4}
+    return TrainConfig(output_dir=".", **(options | changes))
+
+
+def anchors(tokenizer: Any) -> Anchors:
+    kept = {"prompt": "add 1", "reply": "two", "kind": "comply"}
+    return Anchors.from_rows([*REFUSALS, kept], tokenizer)
+
+
+def ask(model: nn.Module, tokenizer: Any, plan: TrainConfig, **options: Any) -> Any:
+    return diagnose(plan, model, tokenizer, TASK, anchors=anchors(tokenizer), **options)
+
+
+def test_a_run_that_breaks_refusals_is_told_from_one_that_does_not(
+    aligned: nn.Module, tokenizer: Any, tmp_path: Path
+) -> None:
+    harsh, gentle = config(), config(learning_rate=1e-6)
+    told = ask(aligned, tokenizer, harsh, pilot_steps=16)
+    assert told.forecast.verdict is Verdict.NO_GO
+    assert told.anchors == len(REFUSALS)
+    assert ask(aligned, tokenizer, gentle, pilot_steps=16).forecast.verdict is Verdict.GO
+
+    outcomes = {}
+    for name, plan in (("harsh", harsh), ("gentle", gentle)):
+        model = copy.deepcopy(aligned)
+        where = replace(plan, output_dir=str(tmp_path / name), save_model=False, save_steps=0)
+        train(where, model, tokenizer, TASK)
+        outcomes[name] = read_anchors(model, anchors(tokenizer).of_kind("refuse"))
+    assert not outcomes["harsh"].kept.any()
+    assert outcomes["gentle"].kept.all()
+
+
+def test_rates_are_those_of_the_schedule() -> None:
+    rates = learning_rates(config(learning_rate=2.0, warmup_steps=2, max_steps=6), 6)
+    assert rates == pytest.approx([0.0, 1.0, 2.0, 1.5, 1.0, 0.5])
+
+
+def test_command_writes_reports_and_speaks_by_exit_code(
+    aligned: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    aligned.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name, rows in (("anchors", REFUSALS), ("rows", TASK)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    command = ["diagnose", "--model", str(tmp_path / "model"), "--pilot-steps", "8"]
+    command += ["--dataset", str(tmp_path / "rows.jsonl"), "--steps", "20", "--lr"]
+    command += ["1e-2", "--anchors", str(tmp_path / "anchors.jsonl")]
+    assert cli.main([*command, "--report", str(tmp_path / "out"), "--json"]) == 3
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["verdict"] == "NO-GO"
+    assert facts["steps"] == 20
+    assert json.loads((tmp_path / "out/report.json").read_text())["curve"] == facts["curve"]
+    assert (tmp_path / "out/report.md").read_text().startswith("## NO-GO")
+    assert cli.main([*command, "--learning_rat", "1"]) == 2
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_bad_input_is_named(aligned: nn.Module, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="needs anchors"):
+        diagnose(config(), aligned, tokenizer, TASK)
+    with pytest.raises(ValueError, match="set dataset"):
+        diagnose(config(), aligned, tokenizer, anchors=anchors(tokenizer))
+    comply = Anchors.from_rows([{"prompt": "a", "reply": "b", "kind": "comply"}], tokenizer)
+    with pytest.raises(ValueError, match="refuse"):
+        diagnose(config(), aligned, tokenizer, TASK, anchors=comply)
+    with pytest.raises(ValueError, match="above 0"):
+        diagnose(config(learning_rate=0.0), aligned, tokenizer, TASK, anchors=anchors(tokenizer))
