@@ -99,11 +99,13 @@ class LevelSetCorrection:
         tangent = guard.tangent_weights(seen)
         removed = float(tangent @ seen)  # ||G^T a||^2, since G^T a projects s
         remaining = max(0.0, self._step.squared_norm - removed) ** 0.5
-        momentum = self._momentum() if guard.wants_momentum() else {}
+        momentum: Mapping[str, Tensor] = {}
         along = self._blank()
-        for name, m in momentum.items():
-            along.add(name, m)
-        along.sum_shards()
+        if guard.wants_momentum():  # alike on all processes, as a sum over shards must be
+            momentum = self._momentum()
+            for name, m in momentum.items():
+                along.add(name, m)
+            along.sum_shards()
         retraction = guard.retraction_for(remaining, along.coefficients, along.norm)
         stored = self._subtract(parameters, tangent + retraction.weights, retraction, momentum)
         metrics = {

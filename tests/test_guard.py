@@ -73,6 +73,7 @@ class WithNoise(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.trap("ux 2.2.3")
 @pytest.mark.parametrize("fail", [False, True])
 def test_refresh_leaves_the_model_as_it_was(fail: bool) -> None:
     model = WithNoise().train()
@@ -241,6 +242,7 @@ def test_without_transport_the_first_sketch_stays_but_losses_are_measured() -> N
     assert guard.metrics()["safety/anchor_loss"] != loss
 
 
+@pytest.mark.trap("ux 0.11")
 def test_a_fresh_adapter_is_refreshed_again_after_its_first_step() -> None:
     model = lora_llama()
     with torch.no_grad():
@@ -296,6 +298,7 @@ def test_spectrum_needs_a_sketch() -> None:
         safeopt.Guard(llama(), random_anchors()).spectrum()
 
 
+@pytest.mark.trap("optimizers 0.14", "optimizers 5.1.22")
 @pytest.mark.supports(host="plain loop", feature="resume")
 @pytest.mark.parametrize("reference", ["nll", "kl"])
 @pytest.mark.parametrize("stop", [2, 3])

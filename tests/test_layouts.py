@@ -42,6 +42,7 @@ def fsdp1(model: nn.Module, use_orig_params: bool, nested: bool) -> nn.Module:
         )
 
 
+@pytest.mark.trap("ux 2.2.6", "ux 2.3.4")
 @pytest.mark.supports(host="FSDP1", feature="full", refused=True)
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("nested", [False, True])
@@ -61,6 +62,7 @@ def train_one_step(model: nn.Module, guard: safeopt.Guard) -> None:
     take_training_step(model, optimizer)
 
 
+@pytest.mark.trap("optimizers 5.1.19", "ux 2.2.6")
 @pytest.mark.supports(host="DeepSpeed ZeRO", feature="full", refused=True)
 def test_parameters_partitioned_by_zero_3_are_refused() -> None:
     model = llama()
@@ -87,6 +89,7 @@ def test_a_deepspeed_engine_is_refused() -> None:
         safeopt.Guard(DeepSpeedEngine(llama()), random_anchors())
 
 
+@pytest.mark.trap("optimizers 5.1.19")
 def test_the_flat_buffer_of_zero_1_and_2_is_refused_at_the_first_step() -> None:
     model = llama()
     guard = safeopt.Guard(model, random_anchors())

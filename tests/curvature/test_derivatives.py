@@ -56,6 +56,7 @@ def random_ids() -> Tensor:
     return torch.randint(0, VOCABULARY, (3, 9))
 
 
+@pytest.mark.trap("optimizers 0.7")
 @pytest.mark.parametrize("host", HOSTS)
 def test_both_routes_agree_with_the_default_attention(host: str) -> None:
     model, loss = HOSTS[host]().train(), token_loss(random_ids())
@@ -135,6 +136,7 @@ def test_adding_a_step_back_would_not_restore_the_weights() -> None:
     assert not torch.equal((p + 0.01 * v) - 0.01 * v, p)
 
 
+@pytest.mark.trap("optimizers 0.9")
 def test_half_precision_is_refused() -> None:
     model = llama().to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"need float32 weights.*model\.float\(\)"):
@@ -155,6 +157,7 @@ def test_steps_that_overflow_are_an_error_and_rough_ones_a_warning() -> None:
         Hessian(model, rough, method="finite_difference").matvec(random_step(model, 1.0))
 
 
+@pytest.mark.trap("ux 0.7")
 def test_the_step_is_found_when_the_first_is_too_long_or_too_short() -> None:
     model, ids = llama(), random_ids()
     v = random_step(model, 1.0)
@@ -224,6 +227,7 @@ class ReverseOnly(torch.autograd.Function):
         return 2 * gradient
 
 
+@pytest.mark.trap("ux 0.5")
 def test_exact_names_what_to_do_where_derivatives_are_missing() -> None:
     class Doubled(nn.Module):
         def __init__(self) -> None:

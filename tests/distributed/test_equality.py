@@ -22,6 +22,7 @@ CASES = [
 ]
 
 
+@pytest.mark.trap("optimizers 0.19", "optimizers 5.1.5", "optimizers 5.1.10", "ux 2.3.3")
 @pytest.mark.parametrize(("kind", "architecture", "world"), CASES)
 def test_ranks_take_the_steps_of_one_process(kind: str, architecture: str, world: int) -> None:
     expected = train("single", architecture)

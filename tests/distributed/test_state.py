@@ -77,6 +77,7 @@ def resume(kind: str, style: str, stop: int, folder: Path) -> tuple[Any, Any]:
     return (whole.weights(), whole.figures[stop:]), (again.weights(), again.figures)
 
 
+@pytest.mark.trap("optimizers 0.14", "optimizers 5.1.22")
 @pytest.mark.parametrize("stop", [3, 4])
 @pytest.mark.parametrize(
     ("kind", "style"),
@@ -105,6 +106,7 @@ def go_on_from(stop: int, folder: Path) -> Any:
     return training.weights(), training.figures
 
 
+@pytest.mark.trap("optimizers 5.1.11")
 def test_a_checkpoint_of_three_ranks_is_loaded_by_one_and_by_two(tmp_path: Path) -> None:
     run_ranks(3, save_at, 4, tmp_path)
     weights, figures = train("single", "lora-llama", steps=STEPS)
@@ -121,6 +123,7 @@ def states_of_a_shard() -> tuple[Any, Any]:
     return left, training.guard.state_dict()
 
 
+@pytest.mark.trap("ux 0.4")
 def test_trap_plain_state_of_each_rank_becomes_rank_zeros() -> None:
     """Full checkpoints keep rank 0's copy of a plain tensor: so the state is alike everywhere."""
     (first, one), (second, other) = run_ranks(2, states_of_a_shard)
@@ -146,6 +149,7 @@ def make_state_with_a_fake_step() -> tuple[Any, Any, Any]:
     return before, after, (training.weights(), training.figures)
 
 
+@pytest.mark.trap("optimizers 0.13")
 def test_trap_dcp_makes_state_by_a_step_with_learning_rate_zero() -> None:
     expected = train("single")[1]
     for before, after, (_, figures) in run_ranks(2, make_state_with_a_fake_step):

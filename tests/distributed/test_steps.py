@@ -123,6 +123,7 @@ def scale_with_an_infinity() -> list[bool]:
     return [training.guard.basis_age == age, scaler.get_scale() == 4.0]
 
 
+@pytest.mark.trap("optimizers 5.1.13")
 def test_grad_scaler_skips_on_all_ranks_and_touches_nothing() -> None:
     assert run_ranks(2, scale_with_an_infinity) == [[True, True]] * 2
 
@@ -141,6 +142,7 @@ def swap_parameters_after_construction() -> Report:
     return training.weights(), training.figures
 
 
+@pytest.mark.trap("optimizers 0.12")
 def test_trap_fully_shard_swaps_the_parameter_objects() -> None:
     expected = train("single")
     for found in run_ranks(2, swap_parameters_after_construction):
@@ -175,6 +177,7 @@ def accumulate(kind: str, parts: int) -> Report:
     return training.weights(), []
 
 
+@pytest.mark.trap("optimizers 5.1.12")
 @pytest.mark.parametrize(
     "kind",
     [
@@ -253,6 +256,7 @@ def refusal(model: nn.Module) -> str:
     return "no error"
 
 
+@pytest.mark.trap("optimizers 5.4.5")
 @pytest.mark.parametrize("work", [shard_columns, shard_a_head_for_tensor_parallelism])
 def test_other_placements_are_refused(work: Any) -> None:
     for text in run_ranks(2, work):

@@ -46,6 +46,7 @@ def train(
                 optimizer.zero_grad()
 
 
+@pytest.mark.trap("optimizers 0.11", "optimizers 5.1.8")
 def test_prepare_reloads_the_state_and_hides_the_guard() -> None:
     model, optimizer, guard = prepared(make_accelerator())
     assert not hasattr(optimizer, "guard")
@@ -57,6 +58,7 @@ def test_prepare_reloads_the_state_and_hides_the_guard() -> None:
     assert guard.metrics()["safety/basis_age"] == 1
 
 
+@pytest.mark.trap("optimizers 0.12")
 def test_parameters_swapped_after_construction_are_found_again() -> None:
     """What FSDP2 under Accelerate does: new Parameter objects, only param_groups rewritten."""
     accelerator = make_accelerator()
@@ -87,6 +89,7 @@ def test_accumulated_micro_batches_take_the_steps_of_whole_ones() -> None:
     torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
 
 
+@pytest.mark.trap("ux 0.3", "optimizers 5.1.8")
 @pytest.mark.supports(host="Accelerate", feature="resume")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_resume_is_bit_exact_and_keeps_the_guard_wide(dtype: torch.dtype, tmp_path: Path) -> None:
@@ -124,6 +127,7 @@ def assert_equal_nested(left: Any, right: Any) -> None:
         assert left == right
 
 
+@pytest.mark.trap("optimizers 5.1.19", "ux 2.3.4")
 def test_deepspeed_and_fsdp1_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither starts here, so Accelerate is told that it runs them."""
     accelerator = make_accelerator()

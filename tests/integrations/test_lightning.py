@@ -57,6 +57,7 @@ def fit(
     return trained, guard
 
 
+@pytest.mark.trap("ux 0.8")
 def test_the_closure_runs_once_a_step(tmp_path: Path) -> None:
     module, guard = fit(tmp_path, 5)
     assert module.closures == 5

@@ -32,6 +32,7 @@ def train(model: nn.Module, guard: safeopt.Guard, steps: int = 4, seed: int = 0)
         take_training_step(model, optimizer, batch)
 
 
+@pytest.mark.trap("optimizers 5.1.20")
 @pytest.mark.supports(host="plain loop", feature="LoRA")
 @pytest.mark.supports(host="plain loop", feature="DoRA")
 @pytest.mark.parametrize("make", [lora_llama, dora_llama])

@@ -39,6 +39,7 @@ def test_two_processes_take_the_steps_of_a_plain_loop_and_resume(tmp_path: Path)
         torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
+@pytest.mark.trap("optimizers 0.15", "ux 0.9", "ux 2.2.4")
 @pytest.mark.parametrize("make", [llama, gpt2, lora_llama])
 def test_the_factory_makes_the_decay_groups_of_trainer_with_names(
     make: Any, tmp_path: Path
@@ -55,6 +56,7 @@ def test_the_factory_makes_the_decay_groups_of_trainer_with_names(
         assert mine["param_names"] == [names[id(p)] for p in mine["params"]]
 
 
+@pytest.mark.trap("ux 0.10")
 def test_the_factory_asks_for_the_learning_rate_that_trainer_does_not_pass(tmp_path: Path) -> None:
     model, guard = fresh()
     trainer = hosts.make_trainer(model, guard, tmp_path)
@@ -86,6 +88,7 @@ def test_any_guarded_optimizer_trains_and_resumes(make: Any, tmp_path: Path) -> 
     torch.testing.assert_close(*trained, rtol=0, atol=1e-6)
 
 
+@pytest.mark.trap("optimizers 5.1.9")
 @pytest.mark.parametrize("way", ["class", "instance", "guarded"])
 def test_the_other_ways_into_trainer_take_the_same_steps(way: str, tmp_path: Path) -> None:
     weights = []
@@ -116,6 +119,7 @@ def test_accumulated_micro_batches_take_the_steps_of_whole_ones(tmp_path: Path) 
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
 
 
+@pytest.mark.trap("optimizers 5.1.9")
 @pytest.mark.supports(host="Trainer", feature="resume")
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("where", ["here", "moved"])

@@ -50,6 +50,7 @@ def test_without_guard_is_adamw_bit_for_bit(options: dict[str, Any]) -> None:
         assert all(torch.equal(a.state[p][key], b.state[q][key]) for key in a.state[p])
 
 
+@pytest.mark.trap("optimizers 5.1.7")
 def test_state_dicts_interchange_with_adamw() -> None:
     model = llama()
     guard = safeopt.Guard(model, random_anchors())
@@ -62,6 +63,7 @@ def test_state_dicts_interchange_with_adamw() -> None:
     take_training_step(model, optimizer)
 
 
+@pytest.mark.trap("optimizers 5.1.4", "optimizers 5.1.6")
 @pytest.mark.parametrize("with_guard", [False, True])
 def test_hooks_fire_once_and_closures_have_gradients(with_guard: bool) -> None:
     torch.optim.AdamW(nn.Linear(1, 1).parameters())  # torch wraps AdamW.step from here on
@@ -92,6 +94,7 @@ def test_pickled_and_copied_optimizers_still_step() -> None:
         twin.step()
 
 
+@pytest.mark.trap("optimizers 5.1.21", "optimizers 5.1.23")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"amsgrad": True}, {"fused": True}])
 def test_guarded_step_has_no_velocity_into_the_subspace(
@@ -124,6 +127,7 @@ def test_guarded_step_has_no_velocity_into_the_subspace(
     assert 0 < guard.metrics()["safety/removed_fraction"] < 1
 
 
+@pytest.mark.trap("optimizers 0.1", "ux 2.2.2")
 def test_guarded_step_is_adamw_minus_its_projection() -> None:
     model, anchors = llama(), random_anchors()
     twin = copy.deepcopy(model)
@@ -186,6 +190,7 @@ def test_retraction_is_orthogonal_to_the_momentum(orthogonal: bool) -> None:
     assert (abs(dot) / scale < 1e-4) == orthogonal
 
 
+@pytest.mark.trap("optimizers 5.1.16")
 def test_lr_zero_is_the_identity() -> None:
     model = llama()
     guard = safeopt.Guard(model, random_anchors(), budget=-1.0)
@@ -196,6 +201,7 @@ def test_lr_zero_is_the_identity() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.trap("optimizers 5.1.3", "optimizers 5.1.5")
 def test_parameters_without_gradient_and_groups() -> None:
     model = llama()
     named = list(trainable(model).items())
@@ -215,6 +221,7 @@ def test_parameters_without_gradient_and_groups() -> None:
     assert named[3][1] in optimizer.state
 
 
+@pytest.mark.trap("optimizers 5.1.5")
 def test_guarded_steps_leave_gradients_alone() -> None:
     model = llama()
     guard = safeopt.Guard(model, random_anchors())
@@ -227,6 +234,7 @@ def test_guarded_steps_leave_gradients_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.trap("optimizers 5.1.18")
 @pytest.mark.parametrize("option", ["capturable", "differentiable"])
 def test_options_that_a_guard_excludes(option: str) -> None:
     model = llama()

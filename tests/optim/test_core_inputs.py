@@ -77,6 +77,7 @@ def outcome(
     return [p.detach() for p in params], state, groups
 
 
+@pytest.mark.trap("optimizers 5.1.2")
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("info", "options"), list(core_inputs()))
@@ -107,6 +108,7 @@ def error_inputs() -> Iterator[Any]:
             yield pytest.param(info, error, id=f"{info.name}-{desc}".replace(" ", "_"))
 
 
+@pytest.mark.trap("optimizers 5.1.1")
 @pytest.mark.parametrize(("info", "error"), list(error_inputs()))
 def test_wrong_arguments_raise_as_in_torch(info: OptimizerInfo, error: Any) -> None:
     case = error.optimizer_error_input
@@ -134,6 +136,7 @@ def test_fused_excludes(kind: type[Optimizer], options: dict[str, Any]) -> None:
         kind([torch.ones(2, requires_grad=True)], fused=True, **options)
 
 
+@pytest.mark.trap("optimizers 5.1.16")
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 def test_schedulers_give_the_same_weights(info: OptimizerInfo) -> None:
     for schedulers in info.scheduler_inputs:
@@ -153,6 +156,7 @@ def test_schedulers_give_the_same_weights(info: OptimizerInfo) -> None:
         torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
+@pytest.mark.trap("optimizers 5.1.1")
 @pytest.mark.parametrize(("theirs", "ours"), OURS.items())
 def test_constructor_begins_with_the_base_constructor(
     theirs: type[Optimizer], ours: type[Optimizer]

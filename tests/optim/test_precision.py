@@ -52,6 +52,7 @@ def test_kahan_follows_fp32(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         assert ours.state[narrow]["exp_avg"].dtype == FP32
 
 
+@pytest.mark.trap("optimizers 5.1.15")
 def test_stochastic_rounding_is_right_on_average_and_nearest_is_not() -> None:
     start = torch.full((400, 250), 1.0, dtype=BF16)
     ends = {}
@@ -66,6 +67,7 @@ def test_stochastic_rounding_is_right_on_average_and_nearest_is_not() -> None:
     assert mean == pytest.approx(-1e-3, rel=0.05)
 
 
+@pytest.mark.trap("optimizers 5.1.15")
 def test_stochastic_rounding_repeats_and_hangs_on_its_seed() -> None:
     p, gradients = parameter(BF16, 20, 30), [torch.randn(20, 30) for _ in range(4)]
 
@@ -102,6 +104,7 @@ def test_fp32_weights_are_left_alone() -> None:
     assert torch.equal(moved, run(torch.optim.AdamW([theirs]), theirs, gradients))
 
 
+@pytest.mark.trap("optimizers 0.10", "optimizers 5.1.7")
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
 def test_trap_10_load_state_dict_casts_state_to_the_dtype_of_the_weights(rounding: Any) -> None:
     """research: fp32 moments silently become bf16 on resume."""
@@ -122,6 +125,7 @@ def test_trap_10_load_state_dict_casts_state_to_the_dtype_of_the_weights(roundin
     assert torch.equal(run(second, q, gradients), run(third, r, gradients))
 
 
+@pytest.mark.trap("optimizers 0.10")
 def test_trap_10_is_there_in_torch() -> None:
     """If this fails, torch keeps the dtype by itself and `restore_moments` can go."""
     p = parameter(BF16, 2, 2)
@@ -157,6 +161,7 @@ def leak_after(rounding: Any, steps: int, lr: float) -> float:
     return dense.leak(change, dense.basis())
 
 
+@pytest.mark.trap("optimizers 0.2")
 def test_better_rounding_leaks_less() -> None:
     leaks = {rounding: leak_after(rounding, 20, 1e-4) for rounding in ("nearest", "kahan")}
     leaks["stochastic"] = leak_after("stochastic", 20, 1e-4)
@@ -185,6 +190,7 @@ def test_guarded_narrow_steps_in_small_chunks_are_the_same(
         torch.testing.assert_close(p, q, rtol=2e-2, atol=1e-4)
 
 
+@pytest.mark.trap("optimizers 0.2", "optimizers 5.1.23")
 def test_the_stored_leak_is_reported() -> None:
     model = bf16_model()
     guard = safeopt.Guard(model, random_anchors(), retraction=False)

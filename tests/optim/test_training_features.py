@@ -54,6 +54,7 @@ def assert_close(found: Weights, expected: Weights) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.trap("optimizers 5.1.12")
 @pytest.mark.supports(host="plain loop", feature="accumulation")
 def test_one_by_eight_equals_eight_by_one() -> None:
     run = Run()
@@ -66,6 +67,7 @@ def test_one_by_eight_equals_eight_by_one() -> None:
     assert_close(plain_names(model), run.weights())
 
 
+@pytest.mark.trap("optimizers 5.1.13", "ux 2.3.7")
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
 def test_grad_scaler_skips_an_infinite_step_and_touches_nothing(options: dict[str, bool]) -> None:
     run = Run()
@@ -114,6 +116,7 @@ def test_a_compiled_model_takes_the_same_steps(
     assert_close(run.weights(compiling), run.weights())
 
 
+@pytest.mark.trap("optimizers 5.1.17")
 def test_a_compiled_step_is_the_same_step() -> None:
     run = Run()
     model, optimizer = run.build()

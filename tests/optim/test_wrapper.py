@@ -89,6 +89,7 @@ def trajectory(model: nn.Module, optimizer: Optimizer, batches: list[Tensor]) ->
     return [p.detach().clone() for p in model.parameters()]
 
 
+@pytest.mark.trap("optimizers 0.20", "optimizers 5.1.24")
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"fused": True}])
 def test_wrapping_adamw_is_safe_adamw(options: dict[str, Any]) -> None:
     base, anchors = llama(), random_anchors()
@@ -110,6 +111,7 @@ def test_wrapping_adamw_is_safe_adamw(options: dict[str, Any]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.trap("optimizers 0.20")
 @pytest.mark.parametrize("name", TORCH)
 def test_chunk_by_chunk_is_all_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base, anchors = llama(), random_anchors()
@@ -127,6 +129,7 @@ def test_chunk_by_chunk_is_all_at_once(name: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
+@pytest.mark.trap("ux 2.3.8")
 def test_shared_group_state_moves_once_a_step() -> None:
     """Schedule-free keeps its step number k in the group: stepped in parts, it would run ahead."""
     model = llama()
@@ -163,6 +166,7 @@ def test_it_stands_in_for_the_optimizer() -> None:
         twin.step()
 
 
+@pytest.mark.trap("optimizers 5.1.4")
 @pytest.mark.parametrize("name", ["AdamW", "schedule-free AdamW"])
 def test_closure_runs_once_with_gradients(name: str) -> None:
     model = llama()
@@ -236,6 +240,7 @@ def test_the_brake_shortens_the_step_and_lets_go() -> None:
     assert lengths[1] / lengths[0] == pytest.approx(0.5, rel=1e-3)
 
 
+@pytest.mark.trap("optimizers 5.1.3")
 def test_groups_added_later() -> None:
     model = llama()
     names = list(trainable(model).items())

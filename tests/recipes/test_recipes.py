@@ -81,6 +81,7 @@ def recipe(
     return Recipe(tmp_path)
 
 
+@pytest.mark.trap("ux 0.1")
 @pytest.mark.multi
 @pytest.mark.parametrize(
     ("optimizer", "by_one", "by_two"),
@@ -108,6 +109,7 @@ def test_two_processes_take_the_steps_of_one(
     assert tokens[0] == tokens[1]  # both saw four rows a step
 
 
+@pytest.mark.trap("ux 0.1")
 @pytest.mark.multi
 @pytest.mark.parametrize(
     "launched_by", [launcher("ddp.yaml"), TWO_PROCESSES], ids=["yaml", "flags"]
