@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -80,6 +81,11 @@ class NarrowStorage(Storage):
         ordered = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         self._numbers = {id(p): number for number, p in enumerate(ordered)}
 
+    @cached_property
+    def _steps(self) -> int:
+        """Steps made by the parameter that has made the most."""
+        return max((int(s["step"]) for s in self._optimizer.state.values() if s), default=0)
+
     def read(self, parameter: Tensor) -> Tensor:
         """The weights, with what rounding has dropped so far, in fp32."""
         if parameter.dtype not in _NARROW:
@@ -98,12 +104,14 @@ class NarrowStorage(Storage):
         change = value - self.read(parameter)
         if not bool(change.any()):
             return
-        p, state = local(parameter), self._optimizer.state[parameter]
-        if self._precision.rounding == "kahan":
+        # A parameter that never had a gradient has no state. It gets none here: an entry without
+        # AdamW's own keys would break its next step and its checkpoints.
+        p, state = local(parameter), self._optimizer.state.get(parameter, {})
+        if self._precision.rounding == "kahan" and state:
             owed = local(state.setdefault("compensation", torch.zeros_like(parameter)))
             kernels.store_kahan(p, change, owed)
         elif self._precision.rounding == "stochastic":
-            seed = Seed(self._precision.seed, int(state["step"]))
+            seed = Seed(self._precision.seed, int(state.get("step", self._steps)))
             number = 2 * self._numbers[id(parameter)] + turn
             rows = value.reshape(len(value) if value.ndim > 1 else 1, -1)
             p.copy_(kernels.stochastic_bfloat16(rows, seed, number).view_as(value))
