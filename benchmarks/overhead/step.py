@@ -63,6 +63,7 @@ SIZES = (Case(10, 1024), Case(24, 2048))
 LARGE = (Case(30, 4096, repeats=3),)
 MIDDLE = SIZES[1]
 GROWTH = (
+    MIDDLE,
     *(Case(MIDDLE.layers, MIDDLE.width, anchors=n) for n in (4, 16, 32)),
     *(Case(MIDDLE.layers, MIDDLE.width, compression_rank=q) for q in (1, 4, 16)),
     *(Case(MIDDLE.layers, MIDDLE.width, rank=k) for k in (1, 4)),

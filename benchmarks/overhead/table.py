@@ -6,6 +6,7 @@ python -m benchmarks.overhead.table benchmarks/overhead/results/smollm2-cpu.json
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,11 +110,50 @@ def step_table() -> str:
     return _markdown((*heads, "weights", "repeats"), lines)
 
 
+def growth_table() -> str:
+    """The guarded step alone, by N, q and k, from the committed file of `step.py`."""
+    rows = _read("step-growth-cpu")["rows"]
+    lines = [
+        (
+            str(row["anchors"]),
+            str(row["compression_rank"]),
+            str(row["kept_directions"]),
+            f"{row['guarded_over_adamw']:.2f}",
+            f"{row['guarded_over_fused']:.2f}",
+            f"{row['peak_mb']['guarded']:.0f} MB",
+            f"{row['sketch_mb']:.0f} MB",
+        )
+        for row in rows
+    ]
+    heads = ("N", "q", "k", "over AdamW", "over fused AdamW", "peak beyond its state", "sketch")
+    return _markdown(heads, lines)
+
+
 def empty_table() -> str:
     """SafeAdamW without a guard beside AdamW, from the committed file of `step.py`."""
     rows = _read("step-empty-cpu")["rows"].items()
     lines = [(name, f"{row['safe_over_adamw']:.3f}") for name, row in rows]
     return _markdown(("AdamW step", "SafeAdamW(guard=None) over it"), lines)
+
+
+def leak_table() -> str:
+    """Leak of the stored weights by dtype, from the committed file of `leak.py`."""
+    facts = _read("leak-cpu")
+    rates = sorted({row["lr"] for row in facts["rows"]}, reverse=True)
+    by_case = {(row["variant"], row["lr"]): row["runs"] for row in facts["rows"]}
+    names = dict.fromkeys(row["variant"] for row in facts["rows"])
+    lines = [
+        (name, *(_spread(by_case[name, lr], what) for lr in rates for what in ("step", "drift")))
+        for name in names
+    ]
+    columns = [f"{what}, lr {lr:g}" for lr in rates for what in ("a step", "drift")]
+    return _markdown(("weights", *columns), lines)
+
+
+def _spread(runs: Sequence[Facts], what: str) -> str:
+    """Median over seeds, with the least and the most."""
+    values = sorted(run[what] for run in runs)
+    return f"{statistics.median(values):.1e} ({values[0]:.1e} to {values[-1]:.1e})"
 
 
 def _read(name: str) -> Facts:
@@ -152,7 +192,9 @@ def main(argv: Sequence[str]) -> None:
         "compression": compression_table(result),
         "origin": origin(result),
         "step": step_table(),
+        "growth": growth_table(),
         "empty": empty_table(),
+        "leak": leak_table(),
     }
     write_text(README, fill(README.read_text(encoding="utf-8"), parts))
 

@@ -48,6 +48,7 @@ class SafeAdamW(HoldsGuard, torch.optim.AdamW):
             than a weight are then lost, and part of what the guard takes out with them.
             "stochastic" (bf16) rounds up or down by chance with the right mean; "kahan" keeps
             what was lost in one more tensor, ``state["compensation"]``, for the next step.
+            ``benchmarks/overhead/README.md`` has the leak of each.
         moments_dtype: torch.float32 keeps the moments of bf16 and fp16 weights in fp32, also
             through ``load_state_dict``; None in the dtype of the weights, as AdamW does.
         seed: of stochastic rounding: the random bits depend on it, on the step and on the place
