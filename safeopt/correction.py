@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from safeopt.geometry.moves import Retraction
+from safeopt.geometry.blocks import Block
 from safeopt.geometry.sharding import Coordinates
 
 if TYPE_CHECKING:
     from safeopt.guard import Guard
 
 Momentum = Callable[[], Mapping[str, Tensor]]
+# Writes p <- p - G^T a + along m for weights a and moments m, and shows what it has stored.
+Write = Callable[[Tensor, Mapping[str, Tensor], float, "Coordinates | None"], None]
 
 
 class Correction(Protocol):
@@ -77,6 +80,23 @@ class LevelSetCorrection:
         self._step = blank()
         self._seconds = 0.0
 
+    @property
+    def losses(self) -> Tensor:
+        """The anchor losses at the last refresh, (N,)."""
+        return self._guard.frame.sketch.losses
+
+    def blocks(self, name: str) -> tuple[Block, ...]:
+        """The anchors' gradients of one parameter."""
+        return self._guard.frame.sketch.blocks.get(name, ())
+
+    def counts(self, name: str) -> bool:
+        """True if this process's part of a parameter enters c = G s and ||s||^2."""
+        return self._step.counts(name)
+
+    def take(self, coefficients: Tensor, squared_norm: float) -> None:
+        """Take in c = G s and ||s||^2 of some parameters that count."""
+        self._step.take(coefficients, squared_norm)
+
     def observe(self, name: str, parameter: Tensor, displacement: Tensor) -> None:
         """Add one parameter's displacement to c = G s and to ||s||^2."""
         del parameter
@@ -84,17 +104,19 @@ class LevelSetCorrection:
         self._step.add(name, displacement)
         self._seconds += time.perf_counter() - start
 
-    def finish(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-        """Write tangent and retraction to the weights in one pass."""
+    def finish(
+        self, parameters: Mapping[str, Tensor], write: Write | None = None
+    ) -> dict[str, float]:
+        """Write tangent and retraction to the weights in one pass, by ``write`` if there is one."""
         start = time.perf_counter()
         self._step.sum_shards()
-        metrics = self._write(parameters)
+        metrics = self._write(write or partial(self._write_each, parameters))
         self._seconds += time.perf_counter() - start
         metrics["safety/step_ms"] = 1e3 * self._seconds
         self._guard.record_step(self._step.norm, metrics)
         return metrics
 
-    def _write(self, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    def _write(self, write: Write) -> dict[str, float]:
         guard, seen, length = self._guard, self._step.coefficients, self._step.norm
         tangent = guard.tangent_weights(seen)
         removed = float(tangent @ seen)  # ||G^T a||^2, since G^T a projects s
@@ -107,37 +129,38 @@ class LevelSetCorrection:
                 along.add(name, m)
             along.sum_shards()
         retraction = guard.retraction_for(remaining, along.coefficients, along.norm)
-        stored = self._subtract(parameters, tangent + retraction.weights, retraction, momentum)
+        is_fresh = guard.basis_age == 0  # then look at what is really stored
+        change = self._blank()
+        write(
+            tangent + retraction.weights, momentum, retraction.along, change if is_fresh else None
+        )
         metrics = {
             "safety/removed_fraction": _ratio(removed**0.5, length),
             "safety/retraction_ratio": _ratio(retraction.norm, length),
         }
-        if stored is not None:
+        if is_fresh:
+            change.sum_shards()
+            stored = self._step.coefficients + change.coefficients
             leak = guard.leak_of(stored, retraction, along.coefficients)
             metrics["safety/leak"] = _ratio(leak, remaining)
         return metrics
 
-    def _subtract(
+    def _write_each(
         self,
         parameters: Mapping[str, Tensor],
         weights: Tensor,
-        retraction: Retraction,
         momentum: Mapping[str, Tensor],
-    ) -> Tensor | None:
-        """Write -G^T a and the retraction's momentum; right after a refresh, return G d."""
-        is_fresh = self._guard.basis_age == 0
-        change = self._blank()
+        along: float,
+        change: Coordinates | None,
+    ) -> None:
+        """Write -G^T a and the retraction's momentum, one parameter after another."""
         for name, p in parameters.items():
-            before = p.detach().clone() if is_fresh else None
+            before = p.detach() if change is None else p.detach().clone()
             self._guard.frame.sketch.subtract_({name: p.detach()}, weights)
-            if name in momentum and retraction.along:
-                p.detach().add_(momentum[name].to(p), alpha=retraction.along)
-            if before is not None:
+            if name in momentum and along:
+                p.detach().add_(momentum[name].to(p), alpha=along)
+            if change is not None:
                 change.add(name, parameters[name].detach() - before)  # as stored
-        if not is_fresh:
-            return None
-        change.sum_shards()
-        return self._step.coefficients + change.coefficients
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -73,6 +73,7 @@ def low_rank_apply_(
     rounding: Rounding = "nearest",
     compensation: Sequence[Tensor] = (),
     seed: Seed | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Write p <- p + s - sum_i a_i left_i^T right_i, rounded once.
 
@@ -85,6 +86,7 @@ def low_rank_apply_(
         rounding: "stochastic" for bfloat16, "kahan" for what has ``compensation``.
         compensation: dtype of the weights, zeros at first, updated.
         seed: of stochastic rounding.
+        numbers: of the matrices, part of the seed; their places in the list by default.
 
     Raises:
         ValueError: shapes, dtypes or a rounding that do not belong together.
@@ -95,6 +97,7 @@ def low_rank_apply_(
     seed = seed or Seed()
     torch.ops.safeopt_kernels.low_rank_apply_(
         list(p), list(left), list(right), weights, list(step), list(compensation),
+        list(range(len(p)) if numbers is None else numbers),
         ROUNDINGS.index(rounding), seed.seed, seed.step,
     )  # fmt: skip
 
@@ -249,7 +252,7 @@ def _(p: list[Tensor], *rest: object) -> tuple[Tensor, Tensor]:
     "safeopt_kernels::low_rank_apply_",
     mutates_args=("p", "compensation"),
     schema="(Tensor(a!)[] p, Tensor[] left, Tensor[] right, Tensor weights, Tensor[] step, "
-    "Tensor(b!)[] compensation, int rounding, int seed, int t) -> ()",
+    "Tensor(b!)[] compensation, int[] numbers, int rounding, int seed, int t) -> ()",
 )
 def _apply(
     p: list[Tensor],
@@ -258,12 +261,13 @@ def _apply(
     weights: Tensor,
     step: list[Tensor],
     compensation: list[Tensor],
+    numbers: list[int],
     rounding: int,
     seed: int,
     t: int,
 ) -> None:
     way, bits = ROUNDINGS[rounding], Seed(seed, t)
-    pieces = _pieces(p, left, right, step=step, compensation=compensation)
+    pieces = _pieces(p, left, right, numbers, step=step, compensation=compensation)
     if dispatch.uses_triton([*p, *left, *right, *step, *compensation]):
         from safeopt_kernels import lowrank
 
@@ -320,14 +324,19 @@ def _(p: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 
 def _pieces(
-    p: list[Tensor], left: list[Tensor], right: list[Tensor], **others: list[Tensor]
+    p: list[Tensor],
+    left: list[Tensor],
+    right: list[Tensor],
+    numbers: Sequence[int] = (),
+    **others: list[Tensor],
 ) -> list[Piece]:
     """The matrices of a call; a factor pair of rank zero is none."""
     pieces = []
     for i, weights in enumerate(p):
         factors = {"left": left[i], "right": right[i]} if left[i].shape[1] else {}
         extra = {name: tensors[i] for name, tensors in others.items() if tensors}
-        pieces.append(Piece(weights, index=i, **factors, **extra))
+        index = numbers[i] if numbers else i
+        pieces.append(Piece(weights, index=index, **factors, **extra))
     return pieces
 
 

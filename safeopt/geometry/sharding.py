@@ -57,10 +57,17 @@ class Coordinates:
 
     def add(self, name: str, part: Tensor) -> None:
         """Take in one parameter's part of x, the rows that are here."""
-        if name not in self._counted:
-            return
-        self.coefficients += self._sketch.coefficients({name: part})
-        self.squared_norm += squared_norm(part)
+        if self.counts(name):
+            self.take(self._sketch.coefficients({name: part}), squared_norm(part))
+
+    def counts(self, name: str) -> bool:
+        """True if the part of a parameter that is here enters the sums over processes."""
+        return name in self._counted
+
+    def take(self, coefficients: Tensor, squared_norm: float) -> None:
+        """Take in what some parts add to c and to ||x||^2."""
+        self.coefficients += coefficients
+        self.squared_norm += squared_norm
 
     def sum_shards(self) -> None:
         """Put together what every process has taken in: one all-reduce of N + 1 floats."""

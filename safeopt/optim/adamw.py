@@ -12,6 +12,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from safeopt.correction import StepGuard
 from safeopt.optim.base import HoldsGuard
+from safeopt.optim.listed import listed_step, takes_lists
 from safeopt.optim.storage import Precision
 from safeopt_kernels.settings import Rounding
 
@@ -58,6 +59,10 @@ class SafeAdamW(HoldsGuard, torch.optim.AdamW):
     Raises:
         ValueError: a parameter is not in the guard's model, or an option that a guard excludes.
 
+    On GPUs the guarded step runs in Triton kernels, where Triton is installed;
+    ``SAFEOPT_KERNELS=reference`` keeps it in plain torch, and ``triton`` makes a step raise a
+    RuntimeError that the kernels cannot take.
+
     Example:
         >>> guard = safeopt.Guard(model, anchors, budget=0.02)
         >>> optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=2e-5, guard=guard)
@@ -96,6 +101,12 @@ class SafeAdamW(HoldsGuard, torch.optim.AdamW):
             fused=fused,
         )
         self._hold(guard, Precision(rounding, moments_dtype, seed))
+
+    def _guarded_step(self, guard: StepGuard) -> None:
+        if takes_lists(self, guard, self._precision):
+            listed_step(self, guard, self._precision)
+        else:
+            super()._guarded_step(guard)
 
     def _chunk_step(self) -> None:
         prefer_fused(self, self.param_groups)

@@ -124,8 +124,7 @@ class HoldsGuard(Optimizer):
             if self.guard is None:
                 self._base_step()
             elif self._moves():
-                step = self._chunk_step
-                guarded_step(self, self.guard, lambda _: step(), storage=self._storage)
+                self._guarded_step(self.guard)
             else:
                 still_step(self, self.guard, lambda _: self._chunk_step())
         return loss
@@ -142,6 +141,10 @@ class HoldsGuard(Optimizer):
     def _moves(self) -> bool:
         """False if no learning rate lets a weight move, as in the first step of a warm-up."""
         return any(float(group["lr"]) != 0 for group in self.param_groups)
+
+    def _guarded_step(self, guard: StepGuard) -> None:
+        """The guarded step; an optimizer may know a faster way."""
+        guarded_step(self, guard, lambda _: self._chunk_step(), storage=self._storage)
 
     def _chunk_step(self) -> None:
         """The base step on a few parameters; an optimizer may know a faster way for them."""

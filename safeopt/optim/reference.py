@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from safeopt.correction import StepGuard
+from safeopt.correction import Correction, StepGuard
 from safeopt.distributed import Ranks, local, reshard
 from safeopt.layouts import flattened_hint
 
@@ -86,10 +86,7 @@ def guarded_step(
         FloatingPointError: a gradient or an anchor loss is not finite. Weights and optimizer
             state are untouched.
     """
-    parameters = named_parameters(optimizer, guard)
-    check_gradients(parameters)
-    guard.refresh_if_due(frozenset(parameters))
-    correction = guard.correction(lambda: momentum_of(optimizer, parameters))
+    parameters, correction = begin(optimizer, guard)
     moves, storage = moved_by or chunk_by_chunk, storage or Storage()
     weights = OpenWeights(parameters, storage)
     for name, displacement in moves(optimizer, parameters, base_step, guard.brake, storage.read):
@@ -97,6 +94,20 @@ def guarded_step(
         weights.close()
     correction.finish(weights)
     weights.close()
+
+
+def begin(optimizer: Optimizer, guard: StepGuard) -> tuple[dict[str, Tensor], Correction]:
+    """Everything in a guarded step that can fail: returns its parameters and its correction.
+
+    Raises:
+        ValueError: a parameter does not belong to the guard's model, or has a sparse gradient.
+        FloatingPointError: a gradient or an anchor loss is not finite. Weights and optimizer
+            state are untouched.
+    """
+    parameters = named_parameters(optimizer, guard)
+    check_gradients(parameters)
+    guard.refresh_if_due(frozenset(parameters))
+    return parameters, guard.correction(lambda: momentum_of(optimizer, parameters))
 
 
 def still_step(optimizer: Optimizer, guard: StepGuard, base_step: BaseStep) -> None:

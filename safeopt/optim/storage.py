@@ -43,6 +43,11 @@ class Precision:
         """True if torch's own step does it."""
         return self.rounding == "nearest" and self.moments_dtype is None
 
+    def settle(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Give the moments of a narrow parameter the dtype that they keep between steps."""
+        if self.moments_dtype is not None and parameter.dtype in _NARROW:
+            _cast_moments(state, self.moments_dtype)
+
     def check(self, optimizer: Optimizer) -> None:
         """Raise if an option is unknown or does not suit the parameters.
 

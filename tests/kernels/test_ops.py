@@ -253,7 +253,9 @@ def test_schemas_and_fakes_are_true(operator: str) -> None:
         "adamw_propose_": (
             lists.p, lists.g, lists.m, lists.v, lists.left, lists.right, lists.step, 2, *adamw
         ),
-        "low_rank_apply_": (lists.p, lists.left, lists.right, torch.ones(2), lists.g, [], 0, 0, 0),
+        "low_rank_apply_": (
+            lists.p, lists.left, lists.right, torch.ones(2), lists.g, [], [0, 1], 0, 0, 0
+        ),
         "adamw_onesided_": (
             lists.p[0], lists.g[0], lists.m[0], lists.v[0], torch.eye(16)[:, :3].contiguous(), [],
             *adamw, 0, 0, 0,
