@@ -23,9 +23,15 @@ from safeopt.fingerprints import (
 from safeopt.geometry.certificate import certify_held_out
 from safeopt.geometry.coverage import find_coverage, unwrapped
 from safeopt.geometry.input_subspace import InputSubspace
+from safeopt.geometry.kronecker_subspace import KroneckerSubspace
 
 SCHEMA = 1
 FORMAT = "safeopt-passport"
+SUBSPACES: dict[str, type[InputSubspace] | type[KroneckerSubspace]] = {
+    "InputSubspace": InputSubspace,
+    "KroneckerSubspace": KroneckerSubspace,
+}
+_ORTHONORMAL = ("basis/", "output/")  # tensors that are rounded to fp16
 _VERSIONS = ("safeopt-llm", "torch", "transformers", "safetensors")
 
 
@@ -44,9 +50,15 @@ class Passport:
         digest: SHA-256 over header and stored tensors.
     """
 
-    subspace: InputSubspace
+    subspace: InputSubspace | KroneckerSubspace
     header: Mapping[str, Any]
     digest: str = ""
+
+    @property
+    def inputs(self) -> InputSubspace:
+        """The input side of the subspace."""
+        subspace = self.subspace
+        return subspace if isinstance(subspace, InputSubspace) else subspace.inputs
 
     @classmethod
     def measure(
@@ -57,9 +69,10 @@ class Passport:
         model_name: str = "",
         tokenizer: Any = None,
         held_out: float = 0.125,
+        method: str = "InputSubspace",
         **settings: Any,
     ) -> Passport:
-        """Measure a passport with forward passes alone.
+        """Measure a passport with forward passes (KroneckerSubspace: and backward ones).
 
         Args:
             model: the aligned model, all of whose parameters require a gradient.
@@ -68,19 +81,20 @@ class Passport:
             tokenizer: the tokenizer that made the anchors; its digests go into the header.
             held_out: share of the anchors that the bases are not fitted to and that certify how
                 much of unseen anchors' input energy they hold; 0 uses all and certifies nothing.
-            settings: keywords of `InputSubspace.measure`.
+            method: "InputSubspace", or the finer "KroneckerSubspace".
+            settings: keywords of the method's ``measure``.
 
         Raises:
             ValueError: parameters that no rule covers, settings out of range, or anchors that
                 do not fit the model.
         """
-        model = unwrapped(model)
+        model, kind = unwrapped(model), _kind(method)
         check_fits(model, anchors)
         missing = find_coverage(model).uncovered
         if missing:
             raise ValueError(f"no rule covers the parameters {list(missing)}; freeze them first")
         fitted, unseen = _split(len(anchors), held_out)
-        subspace = InputSubspace.measure(model, anchors, indices=fitted, **settings)
+        subspace = kind.measure(model, anchors, indices=fitted, **settings)
         certificate = None
         if unseen:
             keys = ("positions", "normalise", "batch_size")
@@ -97,7 +111,7 @@ class Passport:
                 "refuse": anchors.kinds.count("refuse"),
                 "comply": anchors.kinds.count("comply"),
             },
-            "method": {"type": "InputSubspace", "held_out": len(unseen), **settings},
+            "method": {"type": method, "held_out": len(unseen), **settings},
             "certificate": certificate,
             "versions": {n: environment()["versions"].get(n) for n in _VERSIONS},
             "layout": subspace.layout(),
@@ -147,7 +161,7 @@ class Passport:
                 "after it was written; fetch it again from whoever published it"
             )
         restored = {name: _restored(name, t) for name, t in tensors.items()}
-        subspace = InputSubspace.from_tensors(header["layout"], restored)
+        subspace = _kind(header["method"]["type"]).from_tensors(header["layout"], restored)
         return cls(subspace, header, digest)
 
     def differences(self, model: nn.Module, tokenizer: Any = None) -> list[str]:
@@ -167,6 +181,12 @@ class Passport:
         return found
 
 
+def _kind(method: str) -> type[InputSubspace] | type[KroneckerSubspace]:
+    if method not in SUBSPACES:
+        raise PassportError(f"the method must be one of {', '.join(SUBSPACES)}, got {method!r}")
+    return SUBSPACES[method]
+
+
 def _split(count: int, held_out: float) -> tuple[list[int], list[int]]:
     """Indices to fit to and to hold out, spread evenly over both kinds of anchors."""
     if not 0 <= held_out < 1:
@@ -180,12 +200,12 @@ def _split(count: int, held_out: float) -> tuple[list[int], list[int]]:
 
 def _stored(name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
-    return tensor.half() if name.startswith("basis/") else tensor
+    return tensor.half() if name.startswith(_ORTHONORMAL) else tensor
 
 
 def _restored(name: str, tensor: Tensor) -> Tensor:
     """An orthonormal basis again: one Newton-Schulz step squares the error of rounding to fp16."""
-    if not name.startswith("basis/"):
+    if not name.startswith(_ORTHONORMAL):
         return tensor
     basis = tensor.float()
     return 1.5 * basis - 0.5 * basis @ (basis.T @ basis)

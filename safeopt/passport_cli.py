@@ -20,6 +20,12 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, help="PEFT adapter to merge first")
     parser.add_argument("--name", help="the model's name in the passport (default: as given)")
     parser.add_argument(
+        "--method",
+        choices=("InputSubspace", "KroneckerSubspace"),
+        default="InputSubspace",
+        help="what is held of every matrix (default: InputSubspace)",
+    )
+    parser.add_argument(
         "--energy", type=float, default=0.95, help="share of the energy to hold (default: 0.95)"
     )
     parser.add_argument("--rank", type=int, help="most directions per basis (default: no limit)")
@@ -66,6 +72,7 @@ def measure(arguments: argparse.Namespace) -> None:
         model_name=arguments.name or _public_name(arguments.model),
         tokenizer=tokenizer,
         held_out=arguments.held_out,
+        method=arguments.method,
         energy=arguments.energy,
         rank=arguments.rank,
         positions=arguments.positions,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from safeopt.geometry.kronecker_subspace import KroneckerSubspace
 from safeopt.passport import Passport
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Kind:
 
 def kinds(passport: Passport) -> list[Kind]:
     """The passport's bases by kind of module, in the model's order."""
-    bases, energies = passport.subspace.bases, passport.subspace.energies
+    bases, energies = passport.inputs.bases, passport.inputs.energies
     grouped: dict[str, list[str]] = {}
     for name in sorted(bases, key=_layer_order):
         grouped.setdefault(_BEFORE_KIND.sub("", name), []).append(name)
@@ -83,11 +84,23 @@ def show(passport: Passport, path: Path, console: Console) -> None:
             f"{100 * median(kind.held):.1f} %",
         )
     console.print(table)
-    subspace = passport.subspace
+    subspace = passport.inputs
     rows = sum(len(ids) for ids in subspace.rows.values())
+    if isinstance(passport.subspace, KroneckerSubspace):
+        console.print(_grids(passport.subspace))
     console.print(
         f"held besides: {rows} rows of {len(subspace.rows)} embedding table(s), "
         f"{len(subspace.held)} norms, scales and biases whole"
+    )
+
+
+def _grids(subspace: KroneckerSubspace) -> str:
+    held = sum(int(mask.sum()) for mask in subspace.masks.values())
+    total = sum(mask.numel() for mask in subspace.masks.values())
+    ranks = tuple(basis.shape[1] for basis in subspace.outputs.values())
+    return (
+        f"outputs of {len(ranks)} matrices: rank {_range(ranks)}, {100 * held / total:.1f} % of "
+        "the coordinates of their grids are held"
     )
 
 

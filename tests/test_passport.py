@@ -75,6 +75,17 @@ def test_holds_no_anchors_and_no_pickle(path: Path) -> None:
     assert path.read_bytes()[8:9] == b"{"  # safetensors, not a zip or pickle
 
 
+def test_loading_unpickles_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError("something was unpickled")
+
+    for module in ("pickle", "_pickle"):
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(f"{module}.{name}", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert Passport.load(path).header["model"]["name"] == "little-llama"
+
+
 def test_certificate_is_of_anchors_that_were_held_out(
     model: nn.Module, anchors: safeopt.Anchors
 ) -> None:
@@ -213,3 +224,29 @@ def test_parameters_without_a_rule_are_refused(anchors: safeopt.Anchors) -> None
 
     with pytest.raises(ValueError, match=r"no rule covers .*'big'"):
         Passport.measure(Odd(), anchors)
+
+
+def test_a_finer_passport_comes_back_as_it_was_measured(
+    model: nn.Module, anchors: safeopt.Anchors, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"method": "KroneckerSubspace", "energy": 0.9, "grid": 0.8}
+    measured = Passport.measure(model, anchors, **settings)
+    file = tmp_path / "finer.safetensors"
+    measured.save(file)
+    loaded = Passport.load(file)
+    assert loaded.header["method"]["type"] == "KroneckerSubspace"
+    assert 0 < loaded.header["certificate"]["captured"] <= 1
+    step = zoo.random_step(model)
+    one, two = ({name: s.clone() for name, s in step.items()} for _ in range(2))
+    measured.subspace.remove_(one)
+    loaded.subspace.remove_(two)
+    for name, s in step.items():
+        assert (one[name] - two[name]).norm() <= 4e-3 * s.norm()
+    guard = safeopt.Guard.from_passport(model, file)
+    optimizer = safeopt.SafeAdamW(model.named_parameters(), lr=1e-2, guard=guard)
+    losses = [
+        zoo.take_training_step(model, optimizer, torch.arange(40).view(4, 10)) for _ in range(2)
+    ]
+    assert losses[1] < losses[0]
+    with pytest.raises(PassportError, match=r"InputSubspace, KroneckerSubspace, got 'Dense"):
+        Passport.measure(model, anchors, method="DenseSubspace")

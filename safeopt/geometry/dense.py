@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safeopt.geometry.gradient_sketch import GradientSketch
+from safeopt.geometry.subspace import EIGENVALUE_FLOOR, check_all_there
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,22 @@ class DenseSubspace:
             change = torch.tensordot(weights.double(), gradient, dims=1)
             step[name].copy_((step[name].double() - change).to(step[name].dtype))
 
-    def basis(self, rank: int | None = None, eigenvalue_floor: float = 1e-4) -> Tensor:
+    def remove_(
+        self, step: Mapping[str, Tensor], rank: int | None = None, floor: float = EIGENVALUE_FLOOR
+    ) -> None:
+        """Write s <- s - U U^T s in place; arguments and errors of `GradientSketch.remove_`."""
+        check_all_there(self.gradients, step)
+        basis, flat = self.basis(rank, floor), self._flat(step)
+        removed = (basis @ (basis.T @ flat)).split([step[n].numel() for n in self.gradients])
+        for name, part in zip(self.gradients, removed, strict=True):
+            step[name].copy_((step[name].double() - part.view_as(step[name])).to(step[name].dtype))
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues of G^T G / N, largest first, (N,)."""
+        singular: Tensor = torch.linalg.svdvals(self.matrix())
+        return singular.square() / len(self.matrix())
+
+    def basis(self, rank: int | None = None, eigenvalue_floor: float = EIGENVALUE_FLOOR) -> Tensor:
         """Orthonormal basis U of the safety subspace, (P, k), by SVD of G."""
         _, singular, vectors = torch.linalg.svd(self.matrix(), full_matrices=False)
         keep = singular.square() > eigenvalue_floor * singular[0].square()

@@ -23,6 +23,8 @@ from safeopt.geometry.blocks import (
 from safeopt.geometry.capture import AnchorLoss, CapturedCall, capture
 from safeopt.geometry.compression import Factors, compress
 from safeopt.geometry.coverage import Coverage, Site
+from safeopt.geometry.moves import Eigenbasis
+from safeopt.geometry.subspace import EIGENVALUE_FLOOR, check_all_there
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,24 @@ class GradientSketch:
         for name, delta in step.items():
             for block in self.blocks.get(name, ()):
                 block.subtract_(delta, weights)
+
+    def remove_(
+        self, step: Mapping[str, Tensor], rank: int | None = None, floor: float = EIGENVALUE_FLOOR
+    ) -> None:
+        """Write s <- s - P s in place, P on the leading eigenvectors of G^T G.
+
+        Args:
+            step: tensors of all the sketch's parameters by name; zeros for those that do not move,
+                since P moves them too.
+            rank: most directions; all above the floor by default.
+            floor: smallest eigenvalue that counts, relative to the largest.
+
+        Raises:
+            ValueError: a parameter is missing.
+        """
+        check_all_there(self.blocks, step)
+        basis = Eigenbasis.of(self.gram(), rank, floor)
+        self.subtract_(step, basis.tangent_weights(self.coefficients(step)))
 
     def spectrum(self) -> Tensor:
         """Eigenvalues of the empirical Fisher G^T G / N, largest first, (N,)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from safeopt.geometry.subspace import InputPiece, Piece, RowsPiece, WholePiece, 
 
 # Second moments are held for so many matrices at a time as fit; further ones cost another pass.
 _MOMENT_BYTES = 1 << 30
-_DIMS = {"linear": 1, "conv1d": 0}
+DIMS = {"linear": 1, "conv1d": 0}  # along which dimension of the parameter inputs run
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,17 @@ class InputSubspace:
         sites = find_coverage(model).sites
         chosen = range(len(anchors)) if indices is None else indices
         batches = weighted_batches(model, anchors, chosen, positions, batch_size)
-        matrices = [s for s in sites if s.rule in _DIMS and "weight" in s.parameters]
+        matrices = [s for s in sites if s.rule in DIMS and "weight" in s.parameters]
         shared = shared_inputs(model, matrices, batches[-1][0])
         found = {
             name: basis
-            for group in _groups([s for s in matrices if shared.get(s.name) == s.name])
+            for group in grouped([s for s in matrices if shared.get(s.name) == s.name], _inputs_of)
             for name, basis in _bases(model, group, batches, energy, rank, normalise)
         }
         return cls(
             bases={name: basis.vectors for name, basis in found.items()},
             reads={
-                s.parameters["weight"]: (shared[s.name], _DIMS[s.rule])
+                s.parameters["weight"]: (shared[s.name], DIMS[s.rule])
                 for s in matrices
                 if s.name in shared
             },
@@ -146,11 +146,6 @@ class InputSubspace:
         sites = [s for s in find_coverage(model).sites if s.name in self.bases]
         return captured(model, sites, self.bases, batches, normalise=normalise)
 
-    def truncated(self, ranks: Mapping[str, int]) -> InputSubspace:
-        """The same subspace with the leading ``ranks[name]`` directions of each basis."""
-        kept = {name: basis[:, : ranks[name]] for name, basis in self.bases.items()}
-        return replace(self, bases=kept)
-
     def to(self, device: torch.device) -> InputSubspace:
         """The same subspace on ``device``."""
         bases = {name: basis.to(device) for name, basis in self.bases.items()}
@@ -171,13 +166,15 @@ class InputSubspace:
         cls, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> InputSubspace:
         """Rebuild a subspace from `layout` and `tensors`."""
-
-        def group(kind: str) -> dict[str, Tensor]:
-            prefix = f"{kind}/"
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
         reads = {name: (str(key), int(dim)) for name, (key, dim) in layout["reads"].items()}
-        return cls(group("basis"), reads, group("rows"), tuple(layout["held"]), group("energy"))
+        bases, rows, energies = (tensors_of(tensors, kind) for kind in ("basis", "rows", "energy"))
+        return cls(bases, reads, rows, tuple(layout["held"]), energies)
+
+
+def tensors_of(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Those that a file calls ``kind/name``, by name."""
+    prefix = f"{kind}/"
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _tables(sites: Sequence[Site]) -> list[Site]:
@@ -190,22 +187,26 @@ def _small_parameters(sites: Sequence[Site]) -> tuple[str, ...]:
         name
         for site in sites
         for local, name in site.parameters.items()
-        if site.rule == "small" or (site.rule in _DIMS and local == "bias")
+        if site.rule == "small" or (site.rule in DIMS and local == "bias")
     ]
     return tuple(dict.fromkeys(names))
 
 
-def _groups(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Sites in order, as many at a time as their moments fit in ``_MOMENT_BYTES``."""
+def _inputs_of(site: Site) -> int:
+    return int(site.module.weight.shape[DIMS[site.rule]])  # type: ignore[index]
+
+
+def grouped(sites: Sequence[Site], width: Callable[[Site], int]) -> Iterator[list[Site]]:
+    """Sites in order, as many at a time as their moments (width x width) fit in memory."""
     group: list[Site] = []
     used = 0
     for site in sites:
-        inputs = int(site.module.weight.shape[_DIMS[site.rule]])  # type: ignore[index]
-        if group and used + 4 * inputs**2 > _MOMENT_BYTES:
+        size = 4 * width(site) ** 2
+        if group and used + size > _MOMENT_BYTES:
             yield group
             group, used = [], 0
         group.append(site)
-        used += 4 * inputs**2
+        used += size
     if group:
         yield group
 

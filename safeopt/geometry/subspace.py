@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+EIGENVALUE_FLOOR = 1e-4  # directions below this share of the largest eigenvalue do not count
+
 
 class Subspace(Protocol):
-    """A subspace M of the whole parameter space, with its orthogonal projector P."""
+    """A subspace M of the whole parameter space, with its orthogonal projector P.
+
+    `GradientSketch` and `DenseSubspace` hold directions of the whole space, `InputSubspace` and
+    `KroneckerSubspace` a piece for every parameter alone.
+    """
 
     @property
     def nbytes(self) -> int:
@@ -21,11 +27,22 @@ class Subspace(Protocol):
         """Write s <- s - P s in place.
 
         Args:
-            step: tensors by parameter name, written in place; absent ones do not move.
+            step: tensors by parameter name, written in place. Where directions run through
+                several parameters, all of them.
         """
 
     def spectrum(self) -> Tensor:
         """Energies of the directions, largest first, (k,)."""
+
+
+def check_all_there(parameters: Mapping[str, Any], step: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` if a step lacks a parameter of the subspace."""
+    missing = [name for name in parameters if name not in step]
+    if missing:
+        raise ValueError(
+            f"the step lacks {missing[:3]}, which the subspace's directions run through; pass "
+            "zeros for parameters that do not move"
+        )
 
 
 class Piece(Protocol):
