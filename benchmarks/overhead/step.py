@@ -12,7 +12,6 @@ within a turn.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -23,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.overhead.workload import seconds
+from benchmarks.overhead.workload import peak_mb_of, seconds
 from safeopt import Anchors, GradientSketch, Guard, SafeAdamW
-from safeopt.environment import environment, peak_memory_mb, reset_peak_memory
+from safeopt.environment import environment
 from safeopt.files import write_json
 from safeopt.geometry.blocks import LowRankBlock
 
@@ -143,7 +142,7 @@ def measure_case(case: Case) -> dict[str, Any]:
         "fused_adamw": step_as(None, True),
         "guarded": step_as(guard, None),
     }
-    peaks = {name: _peak_mb(step) for name, step in steps.items() for _ in range(2)}
+    peaks = {name: peak_mb_of(step) for name, step in steps.items() for _ in range(2)}
     times = _in_turns(steps, case.repeats)
     assert guard.sketch is not None
     return {
@@ -192,17 +191,6 @@ def _in_turns(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
 
 def _ratio(first: list[float], second: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
-
-
-def _peak_mb(step: Callable[[], None]) -> float:
-    """What a step takes for a moment beyond what it finds; the process's resident memory."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # else memory that an earlier step has freed would be taken unseen
-        trim(0)
-    reset_peak_memory()
-    before = peak_memory_mb()
-    step()
-    return peak_memory_mb() - before
 
 
 def main(argv: Sequence[str]) -> int:

@@ -156,6 +156,51 @@ def _spread(runs: Sequence[Facts], what: str) -> str:
     return f"{statistics.median(values):.1e} ({values[0]:.1e} to {values[-1]:.1e})"
 
 
+def passport_table() -> str:
+    """What `safeopt measure` takes on SmolLM2, and its file, also computed at Llama-3.1-8B."""
+    result = _read("passport-smollm2-cpu")
+    rows = [
+        ("`safeopt measure`, loading included", f"{result['seconds']:.0f} s"),
+        ("file on SmolLM2-135M", _file_size(result)),
+        *(
+            (f"bases at Llama-3.1-8B, computed: {label}", _file_size(facts))
+            for label, facts in result["llama_3_1_8b_from_shapes"].items()
+        ),
+    ]
+    return _markdown((f"{result['anchors']} anchors, fp32", ""), rows)
+
+
+def _file_size(facts: Facts) -> str:
+    share = _percent(facts["share_of_fp32_weights"])
+    return f"{facts['file_bytes'] / 2**20:.0f} MiB, {share} of the fp32 weights"
+
+
+def measuring_table() -> str:
+    """Time and memory of measuring by model size and number of anchors."""
+    rows = [
+        (
+            f"{row['parameters'] / 1e6:.0f} M",
+            f"{row['hidden']} x {row['layers']}",
+            str(row["anchors"]),
+            f"{row['median_s']['passport']:.2f} s",
+            f"{row['passport_over_forward']:.1f}",
+            f"{row['peak_mb']['passport']:.0f} MiB",
+            f"{row['peak_mb']['forward']:.0f} MiB",
+            f"{row['weights_mb']:.0f} MiB",
+        )
+        for row in _read("passport-growth-cpu")["rows"]
+    ]
+    heads = (
+        "parameters",
+        "width x layers",
+        "N",
+        "CPU time of a passport",
+        "over a forward pass of N",
+    )
+    more = ("peak beyond the weights", "peak of the forward pass", "weights")
+    return _markdown((*heads, *more), rows)
+
+
 def _read(name: str) -> Facts:
     facts: Facts = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return facts
@@ -195,6 +240,8 @@ def main(argv: Sequence[str]) -> None:
         "growth": growth_table(),
         "empty": empty_table(),
         "leak": leak_table(),
+        "passport": passport_table(),
+        "measuring": measuring_table(),
     }
     write_text(README, fill(README.read_text(encoding="utf-8"), parts))
 

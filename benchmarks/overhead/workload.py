@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import safeopt.demo
 from safeopt import Anchors
 from safeopt.demo import data
 from safeopt.demo.worker import load_aligned
+from safeopt.environment import peak_memory_mb, reset_peak_memory
 
 ADAPTER = Path(safeopt.demo.__file__).parent / "adapter"
 
@@ -57,11 +59,12 @@ def load(device: torch.device, rows: int, tokens: int, anchors: int, seed: int) 
     return Workload(
         model=model.to(device).train(),
         batch=ids.view(rows, tokens).to(device),
-        anchors=Anchors.from_rows(_anchor_rows(anchors, seed), tokenizer),
+        anchors=Anchors.from_rows(anchor_rows(anchors, seed), tokenizer),
     )
 
 
-def _anchor_rows(count: int, seed: int) -> list[data.AnchorRow]:
+def anchor_rows(count: int, seed: int) -> list[data.AnchorRow]:
+    """Three refuse rows for every comply row."""
     comply = [
         data.AnchorRow(prompt=pair.harmless, reply=pair.reply, kind="comply")
         for pair in data.refusal_pairs()[: count // 4]
@@ -76,6 +79,17 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     _synchronise(device)
     return time.perf_counter() - start
+
+
+def peak_mb_of(work: Callable[[], object]) -> float:
+    """MiB that ``work`` takes for a moment beyond what it finds; the process's resident memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # else memory that earlier work has freed would be taken unseen
+        trim(0)
+    reset_peak_memory()
+    before = peak_memory_mb()
+    work()
+    return peak_memory_mb() - before
 
 
 def _synchronise(device: torch.device) -> None:

@@ -87,3 +87,14 @@ def test_tables_are_written_from_the_result(
     text = page.read_text(encoding="utf-8")
     assert "made in a test" in text
     assert f"{result['summary']['refresh_over_anchor_forward_backward']:.2f} |" in text
+
+
+def test_measuring_is_timed_and_larger_files_follow_from_ranks() -> None:
+    from benchmarks.overhead import passport
+
+    row = passport.measure_case(passport.Case(64, 2, 4, tokens=12, repeats=2))
+    assert set(map(len, row["cpu_seconds"].values())) == {2}
+    assert row["parameters"] * 4 == pytest.approx(row["weights_mb"] * 2**20)
+    capped = passport._at_8b({"mlp.down_proj": 10, "self_attn.q_proj": 20, "lm_head": 5})
+    assert capped["file_bytes"] == 2 * (32 * (10 * 14336 + 20 * 4096) + 5 * 4096)
+    assert capped["share_of_fp32_weights"] < 0.001

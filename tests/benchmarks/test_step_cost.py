@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.overhead import leak, step, table
+from benchmarks.overhead.workload import peak_mb_of
 from safeopt import SafeAdamW
 
 SMALL = step.Case(layers=2, width=48, anchors=6, compression_rank=3, rank=2, repeats=3)
@@ -64,8 +65,8 @@ def test_the_memory_of_a_step_is_seen() -> None:
     def allocate() -> None:
         torch.ones(32 << 20, dtype=torch.uint8).add_(1)
 
-    assert 30 < step._peak_mb(allocate) < 60
-    assert step._peak_mb(lambda: None) < 8
+    assert 30 < peak_mb_of(allocate) < 60
+    assert peak_mb_of(lambda: None) < 8
 
 
 def test_committed_tables_are_those_of_the_committed_results() -> None:
