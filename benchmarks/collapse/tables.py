@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.collapse.agreement import agreement_table, result_path
 from benchmarks.collapse.pareto import pareto_table
 from benchmarks.collapse.results import FOLDER, load_all
 from benchmarks.collapse.variants import SWEEP, SuitePlan, read_plan
@@ -87,6 +89,10 @@ def parts_of(suite: str, folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
     if plan.sweep is not None:
         yield f"{suite}-pareto", pareto_table(plan, results)
     yield f"{suite}-machine", machines(results)
+    agreement = result_path(suite, folder)
+    if agreement.exists():
+        facts = json.loads(agreement.read_text(encoding="utf-8"))
+        yield f"{suite}-agreement", agreement_table(facts)
 
 
 def write_readme(suite: str) -> None:

@@ -12,6 +12,7 @@ from safeopt.isolation import undisturbed
 from safeopt.losses import reply_nll
 
 ANCHORS, ROWS = 16, 128
+TASKS = ("style", "questions")  # of the world's tasks those that laws and schedules are measured on
 
 
 class WorldSystem:

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.collapse.results import Cell, load
 from benchmarks.collapse.variants import Variant, read_plan
-from benchmarks.collapse.world import World
 from benchmarks.markdown import fill
+from benchmarks.theory.model import TASKS
 from safeopt.files import write_text
 
 HERE = Path(__file__).parent
@@ -75,7 +75,7 @@ def schedules_table() -> str:
     variants = [v for v in plan.variants if f"{v.method}/{v.name}" in SCHEDULES]
     variants += [v for v in plan.variants if v.group == "schedule"]
     names = ["ASR", "over-refusal", "task accuracy", "task NLL"]
-    head = ["", "passes", *(f"{t}: {n}" for t in World.tasks for n in names), "seeds"]
+    head = ["", "passes", *(f"{t}: {n}" for t in TASKS for n in names), "seeds"]
     rows = [head, ["---"] * len(head)]
     for variant in variants:
         row = _schedule_row(variant, plan.seeds)
@@ -90,7 +90,7 @@ def _schedule_row(variant: Variant, seeds: tuple[int, ...]) -> list[str] | None:
             for seed in seeds
             if (facts := load(Cell("world", variant.method, variant.name, task, seed)))
         ]
-        for task in World.tasks
+        for task in TASKS
     }
     everything = [facts for results in by_task.values() for facts in results]
     if not everything:

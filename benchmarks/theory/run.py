@@ -61,11 +61,10 @@ def toy(instances: int = 20) -> Iterator[dict[str, Any]]:
 
 def world() -> Iterator[dict[str, Any]]:
     """Every period on three seeds and both tasks of the synthetic world."""
-    from benchmarks.collapse.world import World
-    from benchmarks.theory.model import WorldSystem
+    from benchmarks.theory.model import TASKS, WorldSystem
 
     for seed in range(3):
-        for task in World.tasks:
+        for task in TASKS:
             yield from _runs("world", f"{task} {seed}", partial(WorldSystem, seed, task), *WORLD)
 
 

@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.collapse.methods.second_order import elastic_weights
 from benchmarks.collapse.results import Cell, load
-from benchmarks.collapse.world import World
 from benchmarks.theory import report
 from benchmarks.theory.fit import interval, slope, time_slope
 from benchmarks.theory.flows import checkpoints, drift
+from benchmarks.theory.model import TASKS
 from benchmarks.theory.toy import Toy
 from safeopt.geometry.moves import Eigenbasis
 
@@ -96,7 +96,7 @@ def test_the_page_shows_the_files() -> None:
 
 def test_adaptive_refresh_needs_fewer_passes_at_the_same_figures() -> None:
     spent = {"adaptive": 0.0, "default": 0.0}
-    for task, seed in itertools.product(World.tasks, range(3)):
+    for task, seed in itertools.product(TASKS, range(3)):
         adaptive, fixed = (load(Cell("world", "safe", v, task, seed)) for v in spent)
         assert adaptive is not None
         assert fixed is not None

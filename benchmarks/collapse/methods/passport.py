@@ -34,9 +34,8 @@ class Passported(Training):
             guard=guard,
         )
         super().__init__(setup, optimizer)
-        self.spent.forward_rows += len(setup.anchors)
+        self.spent.forward_rows += 2 * len(setup.anchors)  # inputs of matrices, rows of tables
         self._guard = guard
-        self.spent.forward_rows += len(setup.anchors)  # the passport's measurement
         self._displacement = Displacement(setup.model)
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -58,22 +57,33 @@ def measured(
             tokens by as many others: the control.
         settings: keywords of `safeopt.passport.Passport.measure`.
     """
-    chosen = range(len(setup.anchors))[half::2] if half is not None else range(len(setup.anchors))
-    anchors = Anchors(*(tuple(f[i] for i in chosen) for f in vars(setup.anchors).values()))
+    anchors = setup.anchors if half is None else half_of(setup.anchors, half)
     passport = Passport.measure(setup.model, anchors, **settings)
     if random:
         draw = torch.Generator().manual_seed(setup.seed)
         sizes = {name: len(p) for name, p in setup.model.named_parameters()}
-        passport = replace(passport, subspace=_randomised(passport.subspace, sizes, draw))
+        passport = replace(passport, subspace=randomised(passport.inputs, sizes, draw))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.passport.safetensors"
         passport.save(path)
         return PassportGuard.from_passport(setup.model, path)
 
 
-def _randomised(
+def half_of(anchors: Anchors, half: int) -> Anchors:
+    """The even (0) or the odd (1) anchors."""
+    return Anchors(*(tuple(f[half::2]) for f in vars(anchors).values()))
+
+
+def randomised(
     subspace: InputSubspace, sizes: Mapping[str, int], draw: torch.Generator
 ) -> InputSubspace:
+    """Random bases of the same ranks, and as many other embedding rows.
+
+    Args:
+        subspace: gives the ranks.
+        sizes: rows of every parameter, by name.
+        draw: source of the randomness.
+    """
     bases = {
         name: torch.linalg.qr(torch.randn(basis.shape, generator=draw)).Q
         for name, basis in subspace.bases.items()

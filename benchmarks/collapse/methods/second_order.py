@@ -1,4 +1,4 @@
-"""Three uses of second order in a guard that the ablation compares with the fixed schedule.
+"""Four uses of second order in a guard that the ablation compares with the fixed schedule.
 
 Each looks at the anchors once more per refresh, one step after it, by a forward pass alone: what
 the loss of anchor i has gained beyond first order, g_i = l_i(theta + d) - l_i(theta) - G_i d, is
@@ -10,10 +10,15 @@ half its acceleration along d, and after a path x times as long it is about x^2 
 - ``elastic`` lets each step keep the part z of its component in the subspace that is nearest to it
   with 1/2 sum_j lambda_j z_j^2 <= elastic, lambda the anchors' Fisher eigenvalues: sharp directions
   are held and flat ones let go. It needs no extra pass.
+- ``keep`` holds that many eigenvectors u_j alone: the sharpest, or ``by: coupling`` those with the
+  largest lambda_j gamma_j^2, gamma_j = u_j . (H g) with g and H of the task's loss, where second
+  order pushes. H g is the difference of two gradients of one batch at every refresh, which comes on
+  top of the anchors' passes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,10 +28,13 @@ from benchmarks.collapse.methods.base import Method, Setup
 from benchmarks.collapse.methods.safe import Safe
 from benchmarks.collapse.suite import Batch
 from safeopt import Guard
+from safeopt.curvature import FiniteDifference, Hessian
+from safeopt.geometry.frame import Frame
 from safeopt.geometry.moves import Eigenbasis, Retraction
 from safeopt.schedule import RefreshSchedule
 
 Probe = Literal["refresh", "retract"]
+By = Literal["sharpness", "coupling"]
 
 
 class AimedSchedule(RefreshSchedule):
@@ -37,13 +45,37 @@ class AimedSchedule(RefreshSchedule):
         self._reach = times * self._path
 
 
+@dataclass
+class Push:
+    """H g at the last refresh, where it is measured."""
+
+    curved: dict[str, Tensor] | None = None
+
+    def leading(self, frame: Frame, count: int) -> Eigenbasis:
+        """The ``count`` eigenvectors with the largest lambda_j gamma_j^2, or lambda_j alone."""
+        basis = frame.eigenbasis
+        scores = basis.values.clone()
+        if self.curved is not None:
+            coefficients = frame.sketch.coefficients(self.curved)
+            # gamma_j = u_j . (H g) with u_j = G^T v_j / sqrt(omega_j), times lambda_j = omega_j / N
+            scores = (basis.vectors.T @ coefficients).square()
+        best = scores.argsort(descending=True)[:count]
+        return Eigenbasis(basis.values[best], basis.vectors[:, best])
+
+
 class SecondOrderGuard(Guard):
     """A guard that looks one step ahead; see the module's description."""
 
     def __init__(
-        self, *arguments: Any, probe: Probe | None = None, elastic: float = 0.0, **settings: Any
+        self,
+        *arguments: Any,
+        probe: Probe | None = None,
+        elastic: float = 0.0,
+        keep: int | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(*arguments, **settings)
+        self._keep, self.push = keep, Push()
         self._probe, self._elastic, self.looks = probe, elastic, 0
         self._first_order = torch.zeros(0)
         if probe == "refresh":
@@ -55,6 +87,11 @@ class SecondOrderGuard(Guard):
         if self._probe is not None and self.basis_age == 1:
             self._look_ahead()
         super().refresh_if_due(names)
+
+    @property
+    def looks_again(self) -> bool:
+        """True when the next step begins with a refresh."""
+        return self._is_due
 
     def _look_ahead(self) -> None:
         before, anchors = self.frame.sketch.losses.double(), list(self.frame.anchors)
@@ -82,6 +119,9 @@ class SecondOrderGuard(Guard):
 
     def tangent_weights(self, coefficients: Tensor) -> Tensor:
         """The tangent move, or its elastic form."""
+        if self._keep is not None and self.tangent:
+            basis = self.push.leading(self.frame, self._keep)
+            return basis.tangent_weights(coefficients)
         weights = super().tangent_weights(coefficients)
         if self._elastic <= 0 or not self.tangent:
             return weights
@@ -124,19 +164,33 @@ def _times_until(excess: Tensor, gain: Tensor, budget: float, longest: float = 1
 class SecondOrder(Safe):
     """SafeAdamW under a `SecondOrderGuard`; its looks count as forward rows."""
 
-    def __init__(self, setup: Setup, guard: SecondOrderGuard) -> None:
+    def __init__(self, setup: Setup, guard: SecondOrderGuard, by: By = "sharpness") -> None:
         super().__init__(setup, guard)
-        self._ahead = guard
+        self._ahead, self._by = guard, by
 
     def step(self, batch: Batch) -> dict[str, float]:
         """See `Safe.step`."""
         looks = self._ahead.looks
+        if self._by == "coupling" and self._ahead.looks_again:
+            self._ahead.push.curved = self._curved(batch)
         facts = super().step(batch)
         self.spent.forward_rows += (self._ahead.looks - looks) * self._ahead.anchors_per_refresh
         return facts
 
+    def _curved(self, batch: Batch) -> dict[str, Tensor]:
+        """H g on this batch."""
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        loss = self.model(**batch).loss
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        derivatives = FiniteDifference(self.model, check="never")
+        hessian = Hessian(self.model, lambda m: m(**batch).loss, method=derivatives)
+        self.spent.task_rows += 3 * len(batch["input_ids"])
+        return hessian.matvec(dict(zip(named, gradients, strict=True)))
+
 
 def build(setup: Setup) -> Method:
-    """Options are those of `SecondOrderGuard`."""
-    guard = SecondOrderGuard(setup.model, setup.anchors, seed=setup.seed, **setup.options)
-    return SecondOrder(setup, guard)
+    """Options are those of `SecondOrderGuard`, and ``by``."""
+    options = dict(setup.options)
+    by = options.pop("by", "sharpness")
+    guard = SecondOrderGuard(setup.model, setup.anchors, seed=setup.seed, **options)
+    return SecondOrder(setup, guard, by)
