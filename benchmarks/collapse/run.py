@@ -7,8 +7,10 @@ it stopped. A cell that fails is kept in ``failed/`` and does not stop the other
 from __future__ import annotations
 
 import argparse
+import ast
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="run cells that have a result too")
     parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the result files")
     parser.add_argument("--threads", type=int, default=1)
+    for name, what in (("option", "suite's configuration"), ("run", "run's settings")):
+        parser.add_argument(
+            f"--{name}",
+            nargs="*",
+            default=[],
+            metavar="KEY=VALUE",
+            help=f"changes of the {what}, for a trial; give --results too",
+        )
     return parser.parse_args(arguments)
 
 
@@ -81,10 +91,28 @@ def _cells(chosen: argparse.Namespace, plan: SuitePlan) -> Iterator[tuple[Cell, 
         variants = [v for v in variants if v.group != SWEEP]
     seeds = tuple(seeds if chosen.seed is None else chosen.seed)
     tasks = chosen.task or make_suite(chosen.suite, seeds[0], {}).tasks
-    wanted = [v for v in variants if _matches(v, chosen.variant)]
+    option, run = _changes(chosen.option), _changes(chosen.run)
+    wanted = [
+        replace(v, suite={**v.suite, **option}, run={**v.run, **run})
+        for v in variants
+        if _matches(v, chosen.variant)
+    ]
     # Seeds outside: the methods of one seed run close together, so that their times compare.
     for seed, task, variant in itertools.product(seeds, tasks, wanted):
         yield Cell(chosen.suite, variant.method, variant.name, task, seed), variant
+
+
+def _changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` pairs; a value is a Python literal or else text."""
+    split = (pair.partition("=") for pair in pairs)
+    return {key: _literal(value) for key, _, value in split}
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
 
 
 def _matches(variant: Variant, patterns: Sequence[str]) -> bool:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.collapse.suite import Suite
+
+if TYPE_CHECKING:
+    from benchmarks.collapse.chat import Chat
 
 
 def make_suite(name: str, seed: int, options: Mapping[str, Any]) -> Suite:
     """Build one seed of a suite.
 
     Args:
-        name: "world", "world_lora", "smol" or "smol_lora".
+        name: "world", "world_lora", "smol", "smol_lora", "qwen3" or "llama32".
         seed: seed of the suite's model, anchors and batches.
         options: differences from the suite's default configuration.
     """
@@ -24,12 +28,15 @@ def make_suite(name: str, seed: int, options: Mapping[str, Any]) -> Suite:
         from benchmarks.collapse.world import LORA_RANK, LoraWorld, WorldConfig
 
         return LoraWorld(seed, WorldConfig(**({"lora_rank": LORA_RANK} | dict(options))))
-    if name == "smol":
-        from benchmarks.collapse.smol import Smol, SmolConfig
+    chat = _chat_suites()
+    if name in chat:
+        suite = chat[name]
+        return suite(seed, replace(suite.usual(), **options))
+    raise ValueError(f"unknown suite {name!r}; known: world, world_lora, {', '.join(chat)}")
 
-        return Smol(seed, SmolConfig(**options))
-    if name == "smol_lora":
-        from benchmarks.collapse.smol import LORA_RANK, LoraSmol, SmolConfig
 
-        return LoraSmol(seed, SmolConfig(**({"lora_rank": LORA_RANK} | dict(options))))
-    raise ValueError(f"unknown suite {name!r}; known: world, world_lora, smol, smol_lora")
+def _chat_suites() -> dict[str, type[Chat]]:
+    from benchmarks.collapse.llm import Llama32, Qwen3
+    from benchmarks.collapse.smol import LoraSmol, Smol
+
+    return {suite.name: suite for suite in (Smol, LoraSmol, Qwen3, Llama32)}

@@ -107,11 +107,7 @@ def read_plan(suite: str, folder: Path = FOLDER) -> SuitePlan:
     Raises:
         ValueError: no plan for this suite, or two variants of one name.
     """
-    path = folder / f"{suite}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise ValueError(f"no plan for suite {suite!r}; known: {known}")
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    plan = _load(suite, folder)
     variants = [
         _variant(group, row, plan["defaults"])
         for group, rows in plan["groups"].items()
@@ -123,8 +119,21 @@ def read_plan(suite: str, folder: Path = FOLDER) -> SuitePlan:
     names = [(v.method, v.name) for v in variants]
     twice = sorted({"/".join(n) for n in names if names.count(n) > 1})
     if twice:
-        raise ValueError(f"{path.name}: named twice: {', '.join(twice)}")
+        raise ValueError(f"{suite}.yaml: named twice: {', '.join(twice)}")
     return SuitePlan(tuple(plan["seeds"]), plan["columns"], tuple(variants), sweep)
+
+
+def _load(suite: str, folder: Path) -> dict[str, Any]:
+    """A plan's rows; a plan that is ``like`` another says only what differs."""
+    path = folder / f"{suite}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ValueError(f"no plan for suite {suite!r}; known: {known}")
+    plan: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "like" not in plan:
+        return plan
+    other = _load(plan.pop("like"), folder)
+    return other | plan | {"sweep": other["sweep"] | plan.get("sweep", {})}
 
 
 def _sweep(rows: Mapping[str, Any]) -> Sweep:

@@ -27,6 +27,7 @@ class AnchorBudget:
 
     def __init__(self, setup: Setup, anchors_per_step: float, spent: Spending) -> None:
         self.anchors = setup.anchors
+        self._device = next(setup.model.parameters()).device
         self._rate, self._steps, self._spent = anchors_per_step, 0, spent
         self._run_steps = setup.run.steps
         self._draw = torch.Generator().manual_seed(setup.seed)
@@ -58,7 +59,7 @@ class AnchorBudget:
             self._left += torch.randperm(len(self.anchors), generator=self._draw).tolist()
         chosen, self._left = self._left[:count], self._left[count:]
         self._spent.anchor_rows += count
-        return self.anchors.batch(chosen)
+        return self.anchors.batch(chosen).to(self._device)
 
     def next(self) -> AnchorBatch | None:
         """One step's anchors; None in a step that brings none."""
