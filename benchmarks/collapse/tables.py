@@ -49,7 +49,7 @@ def _row(
         for task in tasks
         for metric in plan.columns
     ]
-    seconds = fmean(r["train_seconds"] for r in results)
+    seconds = fmean(r.get("cpu_seconds", r["train_seconds"]) for r in results)
     seeds = len({r["seed"] for r in results})
     return [label, *cells, f"{seconds:.1f}" if when == "final" else "", str(seeds)]
 
