@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.kernels.compiled import TARGETS, WIDE, Compiled
 from safeopt_kernels.specialisations import Specialisation
@@ -30,25 +29,26 @@ class Ceiling:
 
 
 # Kernel -> target -> ceiling. A multiprocessor has 65 536 registers and 163 KiB (sm_80) or 227 KiB
-# of shared memory; a compute unit of gfx942 has 512 registers a lane and 64 KiB.
+# of shared memory: 255 registers leave room for one program of eight warps. A compute unit of
+# gfx942 has 512 registers a lane and 64 KiB.
 CEILINGS: Mapping[str, Mapping[str, Ceiling]] = {
     "propose": {
         "sm_80": Ceiling(255, 96 * KIB),
         "sm_90": Ceiling(240, 96 * KIB),
         "sm_100": Ceiling(232, 96 * KIB),
-        "gfx942": Ceiling(256, 32 * KIB),
+        "gfx942": Ceiling(192, 32 * KIB),
     },
     "apply": {
-        "sm_80": Ceiling(240, 56 * KIB),
-        "sm_90": Ceiling(200, 88 * KIB),
-        "sm_100": Ceiling(128, 64 * KIB),
+        "sm_80": Ceiling(255, 64 * KIB),
+        "sm_90": Ceiling(255, 88 * KIB),
+        "sm_100": Ceiling(255, 64 * KIB),
         "gfx942": Ceiling(144, 32 * KIB),
     },
     "onesided": {
-        "sm_80": Ceiling(255, 88 * KIB),
-        "sm_90": Ceiling(255, 88 * KIB),
-        "sm_100": Ceiling(255, 88 * KIB),
-        "gfx942": Ceiling(224, 36 * KIB),
+        "sm_80": Ceiling(240, 48 * KIB),
+        "sm_90": Ceiling(240, 48 * KIB),
+        "sm_100": Ceiling(240, 48 * KIB),
+        "gfx942": Ceiling(224, 24 * KIB),
     },
 }
 
@@ -81,25 +81,24 @@ def wide_loads_of_a_tile(specialisation: Specialisation, target: str) -> int:
 
     Zero where addresses or sizes are not multiples of 16, which rules wide loads out.
     """
+    if specialisation.name.endswith("-any"):
+        return 0
     constants = specialisation.constants
     threads = specialisation.warps * TARGETS[target].warp_size
-    if kernel_name(specialisation) == "onesided":  # of its basis, whose rows are always aligned
-        itemsize = 4 if specialisation.signature["basis"] == "*fp32" else 2
-        return int(constants["R"] * constants["BN"] * itemsize // (threads * WIDE))
-    if not constants.get("ALIGNED", False):
-        return 0
-    names = _LOADED[kernel_name(specialisation)]
-    per_weight = sum(_itemsize(constants[name]) for name in names)
+    per_weight = _loaded_bytes(specialisation)
     return int(constants["BM"] * constants["BN"] * per_weight // (threads * WIDE))
 
 
-# Kernel -> the dtypes, by the name of their constant, that pass 1 or 2 loads for every weight.
-_LOADED = {
-    "propose": ("WEIGHT", "WEIGHT", "MOMENT", "MOMENT"),
-    "apply": ("WEIGHT", "WEIGHT"),
-}
+def _loaded_bytes(specialisation: Specialisation) -> int:
+    """Bytes that a tile must load for every weight, factors left out."""
+    constants, signature = specialisation.constants, specialisation.signature
+    name = kernel_name(specialisation)
+    if name == "onesided":
+        return sum(_BYTES[signature[tensor]] for tensor in ("p", "g", "m", "v"))
+    weight = int(constants["WEIGHT"].primitive_bitwidth) // 8
+    if name == "apply":
+        return weight if constants["IN_PLACE"] else 2 * weight
+    return 2 * weight + 2 * int(constants["MOMENT"].primitive_bitwidth) // 8
 
 
-def _itemsize(dtype: Any) -> int:
-    bits: int = dtype.primitive_bitwidth
-    return bits // 8
+_BYTES = {"*fp32": 4, "*fp16": 2, "*bf16": 2}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -50,9 +50,16 @@ class _Counter(TorchDispatchMode):
         if not func.is_view and name not in _FREE:
             self.launches += 1
             inputs = {_place(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-            outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-            self.bytes += sum(_nbytes(t) for t in (*inputs.values(), *outputs))
+            changed = (result, _changed(func, args))
+            outputs = {_place(t): t for t in tree_leaves(changed) if isinstance(t, Tensor)}
+            self.bytes += sum(_nbytes(t) for t in (*inputs.values(), *outputs.values()))
         return result
+
+
+def _changed(func: Any, args: Sequence[Any]) -> list[Any]:
+    """The arguments that an operation writes to; many return nothing."""
+    declared = zip(func._schema.arguments, args, strict=False)
+    return [value for a, value in declared if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _place(tensor: Tensor) -> tuple[int, int, int]:

@@ -5,8 +5,8 @@ switches off do not count. Every access is booked on the kernel and the tensor w
 falls into, so that weights, moments and factors can be told apart:
 
 - ``loaded`` and ``stored`` count every access: what the L2 cache and above must deliver;
-- ``distinct`` counts an address once a launch: what memory must deliver if a launch finds what it
-  reads again in the cache.
+- ``distinct_loaded`` and ``distinct_stored`` count an address once a launch: what memory must
+  deliver if a launch finds what it reads again in the cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ class Access:
 
     loaded: int = 0
     stored: int = 0
-    distinct: int = 0
+    distinct_loaded: int = 0
+    distinct_stored: int = 0
+
+    @property
+    def distinct(self) -> int:
+        """Bytes at distinct addresses, both directions."""
+        return self.distinct_loaded + self.distinct_stored
 
 
 @dataclass
@@ -91,9 +97,10 @@ class _Launch:
 
     def close(self) -> None:
         """Count addresses that were touched more than once only once."""
-        for (name, _), pieces in self._touched.items():
+        for (name, direction), pieces in self._touched.items():
             spans = np.unique(np.concatenate(pieces, axis=1), axis=1)
-            self._accesses[self._kernel, name].distinct += int(spans[1].sum())
+            access, field_name = self._accesses[self._kernel, name], f"distinct_{direction}"
+            setattr(access, field_name, getattr(access, field_name) + int(spans[1].sum()))
 
 
 def _address_range(tensor: torch.Tensor) -> tuple[int, int]:

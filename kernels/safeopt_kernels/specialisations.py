@@ -27,9 +27,6 @@ TRITON_DTYPES: Mapping[torch.dtype, tl.dtype] = {
 }
 SMALLEST_COUNT = 16
 COUNTS = (16, 64)  # compiled ahead of time; other powers of two are compiled when they are met
-
-
-RANKS = (16, 64, 256)
 FLOATS = ("decay", "step_size", "beta1", "rest1", "beta2", "rest2", "root_correction", "eps")
 
 
@@ -50,10 +47,17 @@ class Tiling:
     warps: int
 
 
-PROPOSE = Tiling(rows=64, cols=128, ranks=32, warps=8)
-APPLY = Tiling(rows=64, cols=128, ranks=32, warps=8)
-ONESIDED = Tiling(rows=16, cols=32, ranks=64, warps=4)
-WIDE_ONESIDED = Tiling(rows=16, cols=32, ranks=64, warps=8)  # from 128 directions
+# Chosen so that no form on any target spills registers: the benchmarks hold it.
+_TILINGS = {
+    ("propose", "cuda"): Tiling(rows=64, cols=128, ranks=32, warps=8),
+    ("propose", "hip"): Tiling(rows=64, cols=128, ranks=16, warps=8),
+    ("apply", "cuda"): Tiling(rows=64, cols=128, ranks=32, warps=8),
+    ("apply", "hip"): Tiling(rows=64, cols=128, ranks=32, warps=8),
+    ("onesided", "cuda"): Tiling(rows=16, cols=64, ranks=64, warps=8),
+    ("onesided", "hip"): Tiling(rows=16, cols=64, ranks=64, warps=4),
+}
+# Narrow loads want a 64-bit address for every element: fewer of them per thread.
+_NARROW_TILINGS = {("propose", "cuda"): Tiling(rows=32, cols=128, ranks=32, warps=8)}
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def propose(
             products are the same numbers; the interpreter cannot multiply bfloat16.
     """
     same = weight == factor and not exact_dot
+    tiling = _tiling("propose", backend, aligned)
     constants = {
         "WEIGHT": TRITON_DTYPES[weight],
         "MOMENT": TRITON_DTYPES[moment],
@@ -143,7 +148,7 @@ def propose(
         "IN_PLACE": in_place,
         "ALIGNED": aligned,
         "N": holding(count),
-    } | _blocks(PROPOSE)
+    } | _blocks(tiling)
     pointers = {"pieces": "*i64", "tiles": "*i32", "partials": "*fp32", "norms": "*fp32"}
     return Specialisation(
         name=_name(
@@ -152,7 +157,7 @@ def propose(
         kernel=adamw_lowrank.propose,
         signature=pointers | {"count": "i32"} | dict.fromkeys(FLOATS, "fp32"),
         constants=constants,
-        warps=PROPOSE.warps,
+        warps=tiling.warps,
         bytes_per_parameter=3 * weight.itemsize + 4 * moment.itemsize,
     )
 
@@ -167,6 +172,7 @@ def apply(
     backend: str = "cuda",
 ) -> Specialisation:
     """Pass 2 of K1; arguments as for `propose`."""
+    tiling = _tiling("apply", backend, aligned)
     constants = {
         "WEIGHT": TRITON_DTYPES[weight],
         "FACTOR": TRITON_DTYPES[factor],
@@ -174,7 +180,7 @@ def apply(
         "ROUNDING": ROUNDINGS.index(rounding),
         "IN_PLACE": in_place,
         "ALIGNED": aligned,
-    } | _blocks(APPLY)
+    } | _blocks(tiling)
     return Specialisation(
         name=_name(_handed("apply", in_place), weight, factor, rounding, aligned=aligned),
         kernel=adamw_lowrank.apply,
@@ -183,7 +189,7 @@ def apply(
             "count": "i32", "seed": "i64", "step_number": "i64",
         },
         constants=constants,
-        warps=APPLY.warps,
+        warps=tiling.warps,
         bytes_per_parameter=(2 + (not in_place) + 2 * (rounding == "kahan")) * weight.itemsize,
     )  # fmt: skip
 
@@ -199,19 +205,14 @@ def specialisations(backend: str = "cuda") -> Iterator[Specialisation]:
         for rounding in roundings_of(weight):
             yield apply(weight, factor, rounding, **options)
         yield apply(weight, factor, "nearest", in_place=True, **options)
-    for (weight, factor), rank in itertools.product(pairs, RANKS):
         for rounding in roundings_of(weight):
-            for aligned in (True, False):
-                yield onesided(
-                    weight, single, factor, rank, rounding, aligned=aligned, backend=backend
-                )
+            yield onesided(weight, single, factor, rounding, **options)
 
 
 def onesided(
     weight: torch.dtype,
     moment: torch.dtype,
     factor: torch.dtype,
-    rank: int,
     rounding: Rounding = "nearest",
     *,
     aligned: bool = True,
@@ -224,31 +225,26 @@ def onesided(
         weight: dtype of weights, gradients and the stash.
         moment: dtype of the two moments.
         factor: dtype of the basis.
-        rank: columns of the basis, a multiple of 16.
         rounding: how the weights are stored.
-        aligned: the number of columns is a multiple of 16, as the number of directions always is.
+        aligned: the number of columns is a multiple of 16.
         backend: "cuda" or "hip".
         exact_dot: as for `propose`.
     """
     same = weight == factor and not exact_dot
-    wide = holding(rank)
-    tiling = ONESIDED if wide < 128 else WIDE_ONESIDED
+    tiling = _tiling("onesided", backend, aligned)
     constants = {
         "DOT": TRITON_DTYPES[factor] if same else tl.float32,
         "PRECISION": dot_precision(backend),
         "ROUNDING": ROUNDINGS.index(rounding),
-        "R": wide,
     } | _blocks(tiling)
-    constants["BK"] = min(wide, tiling.ranks)
     w, m, f = (f"*{TRITON_DTYPES[dtype].name}" for dtype in (weight, moment, factor))
-    pointers = {"p": w, "g": w, "m": m, "v": m, "basis": f, "stash": w}
-    pointers |= {"images": "*fp32", "compensation": w}
+    pointers = {"p": w, "g": w, "m": m, "v": m, "basis": f, "stash": w, "images": "*fp32"}
     integers = {"rows": "i32", "cols": "i32", "rank": "i32", "seed": "i64", "step_number": "i64"}
     return Specialisation(
-        name=_name("onesided", weight, moment, factor, wide, rounding, aligned=aligned),
+        name=_name("onesided", weight, moment, factor, rounding, aligned=aligned),
         kernel=adamw_onesided.onesided,
         signature=pointers
-        | {"norms": "*fp32"}
+        | {"compensation": w, "norms": "*fp32"}
         | integers
         | {"index": "i64"}
         | dict.fromkeys(FLOATS, "fp32"),
@@ -268,6 +264,11 @@ def roundings_of(weight: torch.dtype) -> tuple[Rounding, ...]:
 
 def _handed(kernel: str, in_place: bool) -> str:
     return f"{kernel}_in_place" if in_place else kernel
+
+
+def _tiling(kernel: str, backend: str, aligned: bool) -> Tiling:
+    usual = _TILINGS[kernel, backend]
+    return usual if aligned else _NARROW_TILINGS.get((kernel, backend), usual)
 
 
 def _blocks(tiling: Tiling) -> dict[str, int]:

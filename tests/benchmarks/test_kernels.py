@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from benchmarks.kernels import sketch
+import pytest
+import torch
+
+from benchmarks.kernels import run, sketch
+from benchmarks.kernels.layers import MODELS
+from benchmarks.kernels.providers import ADAMW, Provider, make_layer, providers
+from safeopt_kernels import reference
 
 SHAPE = (32, 48)
 M, N = SHAPE
@@ -24,3 +31,73 @@ def test_the_bytes_of_a_gram_matrix_in_torch_have_a_closed_form() -> None:
     products = 6 * rows**2  # both written, both read, their product written and read
     assert row["ways"]["eager"]["bytes"] == 4 * (rows * (M + N) + products + anchors**2)
     assert row["product_flops"] == 2 * rows**2 * (M + N)
+
+
+def test_a_layer_has_the_parameters_that_its_model_says() -> None:
+    layers = {model.name: (model, 16 if "1B" in model.name else 32) for model in MODELS}
+    # 8 030 261 248 parameters are published; embeddings and head are 2 x 128 256 x 4096.
+    model, depth = layers["Llama-3.1-8B"]
+    in_layers = depth * sum(rows * cols for rows, cols in model.layer())
+    assert in_layers + 2 * 128_256 * 4096 + 4096 == 8_030_261_248
+    # 1 235 814 400 parameters; one tied embedding.
+    model, depth = layers["Llama-3.2-1B"]
+    in_layers = depth * sum(rows * cols for rows, cols in model.layer())
+    assert in_layers + 128_256 * 2048 + 2048 == 1_235_814_400
+
+
+@pytest.mark.parametrize("provider", [p for p in providers() if p.guarded], ids=lambda p: p.name)
+def test_guarded_providers_take_the_same_step(provider: Provider) -> None:
+    shapes = MODELS[1].layer(shrink=64)
+    layer = make_layer(shapes, count=3, rank=2, weight=torch.float32, device="cpu")
+    expected = [p.clone() for p in layer.p]
+    steps = [
+        reference.propose_(p.double(), g.double(), m.double(), v.double(), ADAMW)
+        for p, g, m, v in zip(layer.p, layer.g, layer.m, layer.v, strict=True)
+    ]
+    factors = list(zip(layer.left, layer.right, strict=True))
+    pairs = zip(steps, factors, strict=True)
+    c = torch.stack([reference.coefficients(s, *f) for s, f in pairs]).sum(0)
+    provider.build(layer)()
+    for p, before, step, (left, right) in zip(layer.p, expected, steps, factors, strict=True):
+        truth = step - reference.low_rank(left, right, layer.small @ c)
+        error = (p.double() - before.double() - truth).abs().max()
+        assert float(error) < 2**-23 * float(p.abs().max())
+
+
+def test_the_bytes_of_adamw_in_torch_have_a_closed_form() -> None:
+    layer = make_layer([(8, 16), (1, 8)], 2, 1, torch.bfloat16, "meta")
+    by_name = {p.name: p.bytes(layer) / layer.parameters for p in providers()}
+    assert by_name["AdamW, fused"] == 7 * 2
+    assert by_name["AdamW, foreach"] == 20 * 2
+    assert by_name["K1 without factors"] == 22
+    factors = 2 * layer.factor_bytes / layer.parameters
+    assert by_name["K1, steps in a buffer"] == pytest.approx(28 + factors)
+
+
+def test_the_benchmark_runs_and_writes_what_it_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run.json"
+    small = ["--shrink", "128", "--repeats", "1", "--count", "2", "--rank", "1"]
+    assert run.main([*small, "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert {row["model"] for row in result["measured"]} == {model.name for model in MODELS}
+    names = {provider.name for provider in providers()}
+    assert {row["provider"] for row in result["measured"]} == names
+    assert {row["provider"] for row in result["bytes"]} == names
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    assert result["promises"] == []
+
+
+@pytest.mark.parametrize(("ours", "kept"), [(1.2, [True, True]), (1.4, [False, False])])
+def test_a_gpu_must_keep_both_promises(ours: float, kept: list[bool]) -> None:
+    base = {"model": "x", "dtype": "float32", "parameters": 6.74e9 / 100}
+    # A hundredth of a 7B model: 1 ms more is 0.1 s, an eighth of a training step.
+    rows = [
+        base | {"provider": "AdamW, fused", "ms": 1.0},
+        base | {"provider": run.OURS, "ms": ours},
+    ]
+    found = run.promises(rows)
+    assert [promise["value"] for promise in found] == pytest.approx([ours, (ours - 1) / 8])
+    assert [promise["value"] <= promise["most"] for promise in found] == kept
