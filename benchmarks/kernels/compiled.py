@@ -91,11 +91,9 @@ def _read_ptx(text: str, arch: int, shared: int) -> Compiled:
         registers=_number(r"Used (\d+) registers", log),
         spilled=sum(map(int, spills)),
         shared=shared,
-        loads=Counter(_ptx_loads(text)),
-        tensor_cores=Counter(
-            re.findall(
-                r"\b((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.\S*m?\w*)", _code(text, "//")
-            )
+        loads=dict(Counter(_ptx_loads(text))),
+        tensor_cores=_counted(
+            r"\b((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.\S*m?\w*)", _code(text, "//")
         ),
         atomics=len(re.findall(r"\b(?:atom|red)\.(?:\w+\.)*global", text)),
     )
@@ -130,8 +128,8 @@ def _read_amdgcn(text: str, shared: int) -> Compiled:
         registers=_number(r"\.vgpr_count:\s*(\d+)", text),
         spilled=private + 4 * spilled_registers,
         shared=shared,
-        loads=Counter(_AMD_WIDTHS[kind] for kind in loads),
-        tensor_cores=Counter(re.findall(r"\b(v_mfma_\w+)", text)),
+        loads=dict(Counter(_AMD_WIDTHS[kind] for kind in loads)),
+        tensor_cores=_counted(r"\b(v_mfma_\w+)", text),
         atomics=len(re.findall(r"\b(?:global|buffer|flat)_atomic_\w+", text)),
     )
 
@@ -150,6 +148,10 @@ _AMD_WIDTHS = {
     "ubyte_d16": 1,
     "ubyte_d16_hi": 1,
 }
+
+
+def _counted(pattern: str, text: str) -> dict[str, int]:
+    return dict(Counter(re.findall(pattern, text)))
 
 
 def _code(text: str, comment: str) -> str:

@@ -55,6 +55,9 @@ class Case:
     floor: int
     run: Callable[[Piece], None]
 
+    def __str__(self) -> str:
+        return f"{self.kernel}, {str(self.weight).removeprefix('torch.')}, {self.rounding}"
+
 
 def cases() -> Iterator[Case]:
     """Every kernel, dtype of weights and rounding."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from safeopt_kernels.settings import AdamW
 ADAMW = AdamW(lr=1e-6, weight_decay=0.01, step=10)
 
 Step = Callable[[], None]
+_List = list[Tensor]
+_Tensors = tuple[_List, _List, _List, _List, _List, _List, Tensor]
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _torch_adamw(implementation: str) -> Callable[[Layer], Step]:
         parameters = [torch.nn.Parameter(p, requires_grad=False) for p in layer.p]
         for parameter, gradient in zip(parameters, layer.g, strict=True):
             parameter.grad = gradient
-        options = {implementation: True}
+        options: dict[str, Any] = {implementation: True}
         optimizer = torch.optim.AdamW(parameters, lr=ADAMW.lr, weight_decay=0.01, **options)
         optimizer.step()  # makes the state
         return optimizer.step
@@ -154,7 +157,7 @@ def _compiled(layer: Layer) -> Step:
     return lambda: step(*_tensors(layer))
 
 
-def _tensors(layer: Layer) -> tuple[list[Tensor] | Tensor, ...]:
+def _tensors(layer: Layer) -> _Tensors:
     return layer.p, layer.g, layer.m, layer.v, layer.left, layer.right, layer.small
 
 

@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def on_gpu(model: Model, dtype: str, count: int, rank: int, shrink: int) -> list
     for provider in providers():
         layer = make_layer(shapes, count, rank, DTYPES[dtype], "cuda")
         meta = make_layer(shapes, count, rank, DTYPES[dtype], "meta")
-        ms = do_bench(provider.build(layer), return_mode="median")
+        ms = float(do_bench(provider.build(layer), return_mode="median"))
         moved = provider.bytes(meta)
         rows.append(
             {
@@ -82,7 +82,7 @@ def copy_bandwidth(elements: int = 1 << 28) -> float:
 
     source = torch.empty(elements, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    ms = do_bench(lambda: target.copy_(source), return_mode="median")
+    ms = float(do_bench(lambda: target.copy_(source), return_mode="median"))
     return 2 * source.numel() * source.element_size() / ms / 1e6
 
 
@@ -112,7 +112,7 @@ def on_cpu(model: Model, dtype: str, count: int, rank: int, shrink: int, repeats
     ]
 
 
-def promises(rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+def promises(rows: Sequence[Row]) -> list[Row]:
     """What the kernels must show on a GPU, from measured rows of one model and dtype."""
     ms = {row["provider"]: row["ms"] for row in rows}
     # torch's fused AdamW keeps bf16 moments for bf16 weights, so there the same work is K1's first
@@ -171,7 +171,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     gpu = options.device == "cuda"
     shrink = options.shrink or (1 if gpu else 8)
     dtypes = options.dtypes or (list(DTYPES) if gpu else ["float32"])
-    measured, kept = [], []
+    measured: list[Row] = []
+    kept: list[Row] = []
     for model in MODELS:
         for dtype in dtypes:
             if gpu:

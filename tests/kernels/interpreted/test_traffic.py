@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.kernels import moved
 from benchmarks.kernels.traffic import ELSEWHERE, counted
-from safeopt_kernels import lowrank
+from safeopt_kernels import lowrank, onesided
 from safeopt_kernels.settings import AdamW
 from tests.kernels.interpreted.pieces import random_piece
 
@@ -49,3 +50,25 @@ def test_masked_lanes_do_not_count() -> None:
         lowrank.propose([piece], 1, AdamW(lr=1e-3))
     assert traffic.moved("p") == 4 * 15
     assert traffic.moved("m") == 2 * 4 * 15
+
+
+@pytest.mark.parametrize(
+    "case", list(moved.cases()), ids=lambda c: f"{c.kernel} {c.weight} {c.rounding}"
+)
+def test_no_kernel_moves_five_percent_more_than_its_floor(case: moved.Case) -> None:
+    row = moved.count(case, (128, 512))
+    assert 1 <= row["over_floor"] <= 1.05
+
+
+def test_one_launch_reads_weights_and_steps_again_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, cols, rank = 40, 144, 16
+    piece = random_piece(generator, (rows, cols), 0, 1, torch.float32, torch.float32)
+    with counted({}) as traffic:
+        onesided.step(piece, torch.eye(cols, rank), AdamW(lr=1e-3))
+    weights = rows * cols
+    assert traffic.moved("p") == 4 * 3 * weights
+    assert traffic.moved("stash") == 4 * 3 * weights
+    assert traffic.moved("g") == 4 * weights
+    assert traffic.moved("m") == traffic.moved("v") == 4 * 2 * weights
+    assert traffic.launches == {"onesided": 1}
