@@ -35,7 +35,7 @@ CEILINGS: Mapping[str, Mapping[str, Ceiling]] = {
     "propose": {
         "sm_80": Ceiling(255, 96 * KIB),
         "sm_90": Ceiling(240, 96 * KIB),
-        "sm_100": Ceiling(232, 96 * KIB),
+        "sm_100": Ceiling(240, 96 * KIB),
         "gfx942": Ceiling(192, 32 * KIB),
     },
     "apply": {

@@ -65,10 +65,10 @@ def test_guarded_providers_take_the_same_step(provider: Provider) -> None:
 
 
 def test_the_bytes_of_adamw_in_torch_have_a_closed_form() -> None:
-    layer = make_layer([(8, 16), (1, 8)], 2, 1, torch.bfloat16, "meta")
+    layer = make_layer([(64, 160), (1, 80)], 2, 1, torch.bfloat16, "meta")
     by_name = {p.name: p.bytes(layer) / layer.parameters for p in providers()}
     assert by_name["AdamW, fused"] == 7 * 2
-    assert by_name["AdamW, foreach"] == 20 * 2
+    assert by_name["AdamW, foreach"] == pytest.approx(20 * 2, rel=1e-3)  # and the step numbers
     assert by_name["K1 without factors"] == 22
     factors = 2 * layer.factor_bytes / layer.parameters
     assert by_name["K1, steps in a buffer"] == pytest.approx(28 + factors)
@@ -90,7 +90,7 @@ def test_the_benchmark_runs_and_writes_what_it_printed(
     assert result["promises"] == []
 
 
-@pytest.mark.parametrize(("ours", "kept"), [(1.2, [True, True]), (1.4, [False, False])])
+@pytest.mark.parametrize(("ours", "kept"), [(1.2, [True, True]), (1.5, [False, False])])
 def test_a_gpu_must_keep_both_promises(ours: float, kept: list[bool]) -> None:
     base = {"model": "x", "dtype": "float32", "parameters": 6.74e9 / 100}
     # A hundredth of a 7B model: 1 ms more is 0.1 s, an eighth of a training step.
