@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import run, sketch
+from benchmarks.kernels import run, sketch, tables
 from benchmarks.kernels.layers import MODELS
 from benchmarks.kernels.providers import ADAMW, Provider, make_layer, providers
+from benchmarks.markdown import fill
 from safeopt_kernels import reference
 
 SHAPE = (32, 48)
@@ -101,3 +102,28 @@ def test_a_gpu_must_keep_both_promises(ours: float, kept: list[bool]) -> None:
     found = run.promises(rows)
     assert [promise["value"] for promise in found] == pytest.approx([ours, (ours - 1) / 8])
     assert [promise["value"] <= promise["most"] for promise in found] == kept
+
+
+def test_the_page_on_kernels_shows_the_committed_results() -> None:
+    page = tables.PAGE.read_text()
+    assert fill(page, tables.parts()) == page
+
+
+def test_the_register_table_is_of_these_kernels() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.kernels import registers
+    from benchmarks.kernels.compiled import TARGETS, backend
+    from safeopt_kernels.specialisations import specialisations
+
+    result = json.loads((tables.RESULTS / "registers.json").read_text())
+    again = "a kernel has changed: run python -m benchmarks.kernels.registers again"
+    assert result["sources"] == registers.digest(), again
+    compiled = {(row["target"], row["specialisation"]) for row in result["rows"]}
+    assert compiled == {(t, form.name) for t in TARGETS for form in specialisations(backend(t))}
+    assert [row for row in result["rows"] if row["problems"] or row["spilled"]] == []
+
+
+def test_no_kernel_moves_five_percent_more_than_its_floor() -> None:
+    result = json.loads((tables.RESULTS / "moved.json").read_text())
+    assert {row["kernel"] for row in result["rows"]} >= {"K1, steps in a buffer", "K2"}
+    assert all(1 <= row["over_floor"] <= 1.05 for row in result["rows"])
