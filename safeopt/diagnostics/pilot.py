@@ -51,13 +51,14 @@ class PlannedRun:
             raise ValueError("the planned run has no step with a learning rate above 0")
         return cls(max(rates), sum(rates) / max(rates))
 
-    def compression(self, steps: int) -> float:
-        """Factor on the rate with which ``steps`` steps travel as far: max(1, sqrt(S / steps)).
+    def compression(self, steps: int, power: float = 0.5) -> float:
+        """Factor on the rate with which ``steps`` steps travel as far: max(1, (S / steps)^power).
 
-        Adam's steps are as long as the rate says, whatever the gradients, and those of fresh
-        batches soon decorrelate, so the way grows with the root of the number of steps.
+        Adam's steps are as long as the rate says, whatever the gradients. Those of fresh batches
+        soon decorrelate, so that the way grows with the root of the number of steps; steps that
+        all point one way would make it 1, steps that undo each other less than a half.
         """
-        return max(1.0, math.sqrt(self.effective_steps / steps))
+        return float(max(1.0, (self.effective_steps / steps) ** power))
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ class Reading:
     Attributes:
         losses: mean reply NLL, nats per token, (N,).
         kept: whether greedy decoding still opens as the anchor's reply does, (N,).
+        chances: probability that sampling opens so, (N,).
     """
 
     losses: Tensor
     kept: Tensor
+    chances: Tensor
 
 
 @torch.no_grad()
@@ -91,24 +94,29 @@ def read_anchors(
     Raises:
         FloatingPointError: an anchor loss is not finite.
     """
-    losses, kept = [], []
+    losses, kept, chances = [], [], []
     indices = list(range(len(anchors)))
     for start in indices[::at_once]:
         batch = anchors.batch(indices[start : start + at_once]).to(device_of(model))
         with undisturbed(model):
             logits = logits_of(model, batch)
         losses.append(reply_nll(logits, batch.labels).cpu())
-        kept.append(_opening_kept(logits, batch.labels, opening).cpu())
+        hit, nll = _opening(logits, batch.labels, opening)
+        kept.append(hit.cpu())
+        chances.append(torch.exp(-nll).cpu())
     check_finite(torch.cat(losses))
-    return Reading(torch.cat(losses), torch.cat(kept))
+    return Reading(torch.cat(losses), torch.cat(kept), torch.cat(chances))
 
 
-def _opening_kept(logits: Tensor, labels: Tensor, opening: int) -> Tensor:
+def _opening(logits: Tensor, labels: Tensor, opening: int) -> tuple[Tensor, Tensor]:
+    """Whether greedy decoding opens as the reply does, and the opening's NLL, (N,) each."""
     targets = labels[:, 1:]
     in_reply = targets != IGNORED
     compared = in_reply & (in_reply.cumsum(1) <= opening)
-    hit = logits[:, :-1].argmax(-1) == targets
-    return (hit | ~compared).all(1)
+    before = logits[:, :-1].float()
+    hit = (before.argmax(-1) == targets) | ~compared
+    nll = -before.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    return hit.all(1), (nll * compared).sum(1)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ class Pilot:
         effective_steps: planned steps that each reading stands for, beginning with 0, (R,).
         losses: anchor losses at each reading, nats per token, (R, N).
         kept: kept openings at each reading, (R, N).
+        chances: probabilities of the openings at each reading, (R, N).
         task_losses: task loss of every pilot step, nats.
     """
 
@@ -129,6 +138,7 @@ class Pilot:
     effective_steps: Tensor
     losses: Tensor
     kept: Tensor
+    chances: Tensor
     task_losses: Tensor
 
 
@@ -152,12 +162,14 @@ def run_pilot(
     steps: int = 32,
     readings: int = 4,
     opening: int = 4,
+    power: float = 0.5,
     optimizer: MakeOptimizer = adamw,
     loss: TaskLoss = mean_nll,
+    max_norm: float | None = None,
 ) -> Pilot:
     """Train a few steps that travel as far as the planned run, and read the anchors on the way.
 
-    ``steps`` steps at the rate eta sqrt(S / steps) stand for S steps at eta; a run that is
+    ``steps`` steps at the rate eta (S / steps)^power stand for S steps at eta; a run that is
     shorter than the pilot is run as it is. Weights, gradients, buffers, modes and RNG state are
     put back bit for bit, also on errors; the cost beside the steps is a copy of what trains.
 
@@ -169,8 +181,10 @@ def run_pilot(
         steps: pilot steps, K.
         readings: how often the anchors are read after the start.
         opening: see `read_anchors`.
+        power: see `PlannedRun.compression`.
         optimizer: makes the planned optimizer from parameters and a learning rate.
         loss: the task loss of a batch.
+        max_norm: gradients are clipped to this norm.
 
     Raises:
         ValueError: nothing trains, or too few batches.
@@ -181,14 +195,15 @@ def run_pilot(
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: unfreeze what will train")
     count = min(steps, math.ceil(planned.effective_steps))
-    compression = planned.compression(count)
+    compression = planned.compression(count, power)
     due = {round(count * (r + 1) / readings) for r in range(readings)}
     seen = [read_anchors(bare, anchors, opening=opening)]
     at, task_losses = [0], []
     with _restored(bare, trained):
         stepper = optimizer(trained, planned.learning_rate * compression)
         for step in range(1, count + 1):
-            task_losses.append(_train_step(bare, stepper, _next(batches, step, count), loss))
+            batch = _next(batches, step, count)
+            task_losses.append(_train_step(bare, stepper, batch, loss, max_norm))
             if step in due:
                 seen.append(read_anchors(bare, anchors, opening=opening))
                 at.append(step)
@@ -199,6 +214,7 @@ def run_pilot(
         effective_steps=torch.tensor(at, dtype=torch.float64) * scale,
         losses=torch.stack([reading.losses for reading in seen]),
         kept=torch.stack([reading.kept for reading in seen]),
+        chances=torch.stack([reading.chances for reading in seen]),
         task_losses=torch.tensor(task_losses),
     )
 
@@ -211,10 +227,16 @@ def _next(batches: Iterator[Batch], step: int, count: int) -> Batch:
 
 
 def _train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss: TaskLoss
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    loss: TaskLoss,
+    max_norm: float | None,
 ) -> float:
     value = loss(model, batch)
     value.backward()
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     optimizer.step()
     optimizer.zero_grad()
     return float(value.detach())

@@ -126,6 +126,7 @@ def diagnose(
                 bare, replace(config, learning_rate=lr)
             ),
             loss=lambda m, batch: _mean_nll(m, dict(batch)),
+            max_norm=config.max_grad_norm or None,
         )
         for _ in range(pilots)
     ]

@@ -16,6 +16,7 @@ def pilot(kept: Tensor, steps: float = 128.0, task: list[float] | None = None) -
         effective_steps=torch.linspace(0, steps, readings, dtype=torch.float64),
         losses=torch.rand(readings, anchors),
         kept=kept,
+        chances=kept.float(),
         task_losses=torch.tensor(task or [3.0, 2.0, 1.5, 1.0]),
     )
 
