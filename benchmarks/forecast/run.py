@@ -35,11 +35,11 @@ from safeopt.losses import reply_nll
 
 RESULTS = Path(__file__).parent / "results" / "world.jsonl"
 SEEDS = (3, 4)  # others are for designing the forecast
-RATES = {"full": (5e-5, 1.25e-4, 3.3e-4, 8e-4, 2e-3), "lora": (3.3e-4, 8e-4, 2e-3, 5e-3)}
-STEPS = (40, 120, 400)
+RATES = {"full": (1.25e-4, 5e-4, 2e-3), "lora": (1e-3, 4e-3)}
+STEPS = (60, 240)
 ANCHORS = 64
 SHORT_PILOT = 10
-PILOTS = ((32, 0.3), (32, 0.5), (32, 0.7), (64, 0.5), (16, 0.5))
+PILOTS = ((32, 0.3), (32, 0.5), (32, 0.7))
 """Steps and power of each pilot."""
 OPENING = 1  # the world's refusals are told by their first word
 
