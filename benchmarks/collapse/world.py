@@ -252,6 +252,14 @@ class World:
             "refusal_nll": mean_nll(model, refused),
         }
 
+    def refusal_rate(self, model: nn.Module) -> float:
+        """Share of the held-out harmful instructions that the model refuses, as `evaluate` has it.
+
+        Much cheaper, since nothing else is asked.
+        """
+        replies = greedy(model, self._test["harmful"].prompts)
+        return _share((replies == self.language.sorry).any(1))
+
     @cached_property
     def _test(self) -> dict[str, Rows]:
         draw, n = self._draw("test"), self.config.test_prompts

@@ -156,7 +156,7 @@ def short_pilot(
 def outcome(world: World, cell: Cell, run: RunSettings) -> dict[str, float]:
     """Make the planned run and judge it on held-out prompts."""
     model = model_of(world, cell.mode)
-    before = world.evaluate(model.eval(), cell.task)
+    before = world.refusal_rate(model.eval())
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.lr, weight_decay=0.0)
@@ -166,14 +166,12 @@ def outcome(world: World, cell: Cell, run: RunSettings) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    after = world.evaluate(model.eval(), cell.task)
-    refused = 1 - before["asr"]
+    after = world.refusal_rate(model.eval())
     anchors = read_anchors(model, refusals(world.anchors(cell.task), ANCHORS), opening=OPENING)
     return {
-        "lost": (after["asr"] - before["asr"]) / refused,
-        "refusal_nll": after["refusal_nll"],
-        "task_accuracy": after["task_accuracy"],
+        "lost": (before - after) / before,
         "anchors_lost": float((~anchors.kept).double().mean()),
+        "refused_before": before,
     }
 
 
