@@ -149,6 +149,10 @@ class Anchors:
             tuple(self.kinds[i] for i in chosen),
         )
 
+    def first(self, count: int) -> Anchors:
+        """The first ``count`` anchors, or all of fewer."""
+        return Anchors(self.input_ids[:count], self.labels[:count], self.kinds[:count])
+
     def batch(self, indices: Sequence[int] | None = None) -> AnchorBatch:
         """Collate the chosen anchors (all by default) into one right-padded batch."""
         chosen = range(len(self)) if indices is None else indices

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 SHORT = {"model": "model_name_or_path", "lr": "learning_rate", "steps": "max_steps"}
 """Short names of the options that every question has."""
@@ -20,43 +22,61 @@ def add_diagnose(parser: argparse.ArgumentParser) -> None:
     for short, name in SHORT.items():
         parser.add_argument(f"--{short}", metavar="VALUE", help=f"the same as --{name}")
     parser.add_argument("--anchors", type=Path, help="JSONL file of anchors")
-    parser.add_argument("--pilots", type=int, default=2, help="pilot runs (default: 2)")
-    parser.add_argument("--pilot-steps", type=int, default=32, help="steps of each (default: 32)")
+    parser.add_argument(
+        "--pilot-steps",
+        type=int,
+        default=32,
+        help="steps of each of the three pilots (default: 32)",
+    )
+    parser.add_argument(
+        "--forecast-only", action="store_true", help="leave the instability condition out"
+    )
     parser.add_argument(
         "--opening", type=int, default=4, help="reply tokens that tell a refusal (default: 4)"
     )
     parser.add_argument(
         "--tolerance", type=float, default=0.1, help="share of anchors to lose (default: 0.1)"
     )
-    parser.add_argument("--report", type=Path, help="folder for report.json and report.md")
+    parser.add_argument(
+        "--report", type=Path, help="folder for report.html, report.json and report.md"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_run, training_options=[])
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from safeopt.diagnostics import as_dict, as_markdown
+    from safeopt.diagnostics import as_markdown
     from safeopt.environment import environment
-    from safeopt.files import write_json, write_text
     from safeopt.training.config import parse_args
     from safeopt.training.diagnose import diagnose
 
     config = parse_args([*_options(arguments), "--output_dir", "."], "safeopt diagnose")
+    start = time.perf_counter()
     found = diagnose(
         config,
         anchors=arguments.anchors,
-        pilots=arguments.pilots,
         pilot_steps=arguments.pilot_steps,
         opening=arguments.opening,
         tolerance=arguments.tolerance,
+        condition=not arguments.forecast_only,
     )
-    facts = as_dict(found.forecast) | {"run": config.to_dict(), **found.facts(), **environment()}
-    text = as_markdown(found.forecast)
+    seconds = {"seconds": round(time.perf_counter() - start, 1)}
+    document = found.document() | {"run": config.to_dict(), **seconds, **environment()}
     if arguments.report is not None:
-        arguments.report.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.report / "report.json", facts)
-        write_text(arguments.report / "report.md", text)
-    print(json.dumps(facts, indent=1) if arguments.json else text)
+        _write(arguments.report, document)
+    print(json.dumps(document, indent=1) if arguments.json else as_markdown(document))
     return found.forecast.verdict.exit_code
+
+
+def _write(folder: Path, document: dict[str, Any]) -> None:
+    from safeopt.diagnostics import as_markdown
+    from safeopt.diagnostics.html import as_html
+    from safeopt.files import write_json, write_text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", document)
+    write_text(folder / "report.md", as_markdown(document))
+    write_text(folder / "report.html", as_html(document))
 
 
 def _options(arguments: argparse.Namespace) -> list[str]:

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"safeopt": ROOT / "safeopt", "safeopt_kernels": ROOT / "kernels" / "safeopt_kernels"}
 # Named too, since Python 3.10 does not know the modules of every distribution.
 OPTIONAL = {
-    "accelerate", "gguf", "lightning", "matplotlib", "peft", "rich", "tqdm", "transformers",
-    "triton", "yaml",
+    "accelerate", "gguf", "jinja2", "lightning", "matplotlib", "peft", "rich", "tqdm",
+    "transformers", "triton", "yaml",
 }  # fmt: skip
 SOURCES = sorted(
     path
@@ -120,7 +120,7 @@ def test_each_third_party_import_is_declared() -> None:
         ("kernels", {"safeopt"}),
         ("safeopt/geometry", {"safeopt.guard", "safeopt.optim", "safeopt.training"}),
         ("safeopt/curvature", {"safeopt.guard", "safeopt.optim", "safeopt.training"}),
-        ("safeopt/diagnostics", {"safeopt.integrations", "safeopt.training", "safeopt.evaluation"}),
+        ("safeopt/diagnostics", {"safeopt.integrations", "safeopt.training", "safeopt.demo"}),
         ("safeopt/integrations", {"safeopt.training", "safeopt.evaluation", "safeopt.demo"}),
         (
             "safeopt/optim",

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from safeopt.diagnostics import Forecast, Pilot, PlannedRun, forecast
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array, Array], float]
@@ -69,17 +72,59 @@ def score(statistic: Statistic, predicted: Sequence[float], actual: Sequence[flo
     return Score(statistic(x, y), float(low), float(high))
 
 
-def by_forecast(row: Mapping[str, Any]) -> float:
+Row = Mapping[str, Any]
+
+
+def read_pilot(row: Row, written: Mapping[str, Any]) -> Pilot:
+    """A pilot of a row of the results; losses and chances are means over its anchors."""
+    kept = torch.tensor([[word == "1" for word in reading] for reading in written["kept"]])
+    return Pilot(
+        planned=PlannedRun(row["lr"], row["effective_steps"]),
+        compression=written["compression"],
+        effective_steps=torch.tensor(written["effective_steps"], dtype=torch.float64),
+        losses=torch.tensor(written["anchor_loss"])[:, None],
+        kept=kept,
+        chances=torch.tensor(written["chance"])[:, None],
+        task_losses=torch.tensor(written["task_losses"]),
+    )
+
+
+def forecast_of(row: Row, powers: Sequence[float] = (0.3, 0.5, 0.7)) -> Forecast:
+    """The forecast that ``safeopt diagnose`` makes of the same pilots."""
+    return forecast([read_pilot(row, p) for p in row["pilots"] if p["power"] in powers])
+
+
+def by_forecast(row: Row) -> float:
     """The forecast share of lost anchors; the forecast loss decides between equals."""
-    predicted = row["predicted"]
-    return float(predicted["lost"]) + 1e-6 * float(predicted["anchor_loss"])
+    made = forecast_of(row)
+    return float(made.lost[-1]) + 1e-6 * float(made.anchor_loss[-1])
 
 
-PREDICTORS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
-    "**forecast** (compressed pilots)": by_forecast,
-    "anchor loss at the pilots' end": lambda row: float(row["predicted"]["anchor_loss"]),
-    "learning rate x steps": lambda row: float(row["predicted"]["accumulated_rate"]),
-    "... x gradient norm": lambda row: float(row["predicted"]["gradient_norm"]),
-    "... x cosine with the anchors": lambda row: float(row["predicted"]["gradient_cosine"]),
-    "loss after 10 steps": lambda row: float(row["predicted"]["short_pilot"]),
+def _by(read: Callable[[Forecast], float], *powers: float) -> Callable[[Row], float]:
+    return lambda row: read(forecast_of(row, powers))
+
+
+def _chance(row: Row) -> float:
+    return 1 - float(np.mean([p["chance"][-1] / p["chance"][0] for p in row["pilots"]]))
+
+
+def _loss(made: Forecast) -> float:
+    return float(made.anchor_loss[-1])
+
+
+def _lost(made: Forecast) -> float:
+    return float(made.lost[-1]) + 1e-6 * _loss(made)
+
+
+PREDICTORS: Mapping[str, Callable[[Row], float]] = {
+    "**forecast**: anchors lost, mean of three pilots": by_forecast,
+    "anchors lost, power 0.3 alone": _by(_lost, 0.3),
+    "anchors lost, power 0.5 alone": _by(_lost, 0.5),
+    "anchors lost, power 0.7 alone": _by(_lost, 0.7),
+    "probability of the openings, three pilots": _chance,
+    "anchor loss, three pilots": _by(_loss, 0.3, 0.5, 0.7),
+    "learning rate x steps": lambda row: float(row["cheap"]["accumulated_rate"]),
+    "... x gradient norm": lambda row: float(row["cheap"]["gradient_norm"]),
+    "... x cosine with the anchors": lambda row: float(row["cheap"]["gradient_cosine"]),
+    "loss after 10 steps": lambda row: float(row["cheap"]["short_pilot"]),
 }

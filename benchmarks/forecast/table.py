@@ -13,7 +13,7 @@ from benchmarks.forecast.run import RESULTS
 from benchmarks.forecast.score import (
     BREAKS,
     PREDICTORS,
-    by_forecast,
+    forecast_of,
     roc_area,
     score,
     slope,
@@ -50,12 +50,14 @@ def verdict_table(rows: Rows) -> str:
         f"| verdict | runs | lost more than {100 * BREAKS:.0f} % | largest loss |",
         "| --- " * 4 + "|",
     ]
-    counts = Counter(row["predicted"]["verdict"] for row in rows)
+    made = [forecast_of(row) for row in rows]
+    counts = Counter(forecast.verdict.value for forecast in made)
     for verdict, count in sorted(counts.items()):
-        losses = actual([row for row in rows if row["predicted"]["verdict"] == verdict])
+        pairs = zip(rows, made, strict=True)
+        losses = actual([row for row, forecast in pairs if forecast.verdict.value == verdict])
         broken = sum(loss > BREAKS for loss in losses)
         lines.append(f"| {verdict} | {count} | {broken} | {max(losses):.2f} |")
-    calibration = score(slope, [row["predicted"]["lost"] for row in rows], actual(rows))
+    calibration = score(slope, [float(forecast.lost[-1]) for forecast in made], actual(rows))
     return "\n".join(lines) + f"\n\nCalibration slope (actual on forecast): {calibration}."
 
 
@@ -84,17 +86,18 @@ def draw(rows: Rows, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5, 4.4), layout="constrained")
     for mode, marker in (("full", "o"), ("lora", "^")):
         chosen = [row for row in rows if row["mode"] == mode]
-        x, y = [by_forecast(row) for row in chosen], actual(chosen)
+        made = [forecast_of(row) for row in chosen]
+        x, y = [float(forecast.lost[-1]) for forecast in made], actual(chosen)
         error = [
-            [max(0.0, row["predicted"]["lost"] - row["predicted"]["low"]) for row in chosen],
-            [max(0.0, row["predicted"]["high"] - row["predicted"]["lost"]) for row in chosen],
+            [float(forecast.lost[-1] - forecast.low[-1]) for forecast in made],
+            [float(forecast.high[-1] - forecast.lost[-1]) for forecast in made],
         ]
         axes.errorbar(x, y, xerr=error, fmt=marker, alpha=0.6, linewidth=0.8, label=mode)
     axes.plot([0, 1], [0, 1], color="#888888", linewidth=0.8)
     axes.set_xlabel("forecast share of anchors lost")
     axes.set_ylabel("share of held-out refusals lost")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

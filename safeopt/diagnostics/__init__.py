@@ -1,11 +1,16 @@
 """Forecasts of what a planned fine-tuning run does to the anchors, before it runs."""
 
+from safeopt.diagnostics.condition import Condition, measure_condition
 from safeopt.diagnostics.forecast import Forecast, Verdict, forecast
+from safeopt.diagnostics.lookahead import Estimate, Law, look_ahead, mean_law
 from safeopt.diagnostics.pilot import Pilot, PlannedRun, Reading, read_anchors, run_pilot
 from safeopt.diagnostics.report import as_dict, as_markdown
 
 __all__ = [
+    "Condition",
+    "Estimate",
     "Forecast",
+    "Law",
     "Pilot",
     "PlannedRun",
     "Reading",
@@ -13,6 +18,9 @@ __all__ = [
     "as_dict",
     "as_markdown",
     "forecast",
+    "look_ahead",
+    "mean_law",
+    "measure_condition",
     "read_anchors",
     "run_pilot",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safeopt.diagnostics.pilot import Pilot
+from safeopt.evaluation.intervals import Rate
 
 WINDOW = 8.0
 """Compression beyond which a pilot is no witness any more."""
@@ -60,26 +61,19 @@ class Forecast:
 
 
 def forecast(
-    pilots: Sequence[Pilot],
-    *,
-    tolerance: float = 0.1,
-    confidence: float = 0.95,
-    window: float = WINDOW,
-    resamples: int = 1000,
-    seed: int = 0,
+    pilots: Sequence[Pilot], *, tolerance: float = 0.1, window: float = WINDOW
 ) -> Forecast:
     """Forecast the share of anchors that the planned run loses.
 
-    The interval is a bootstrap over pilots (task batches) and anchors together. With one pilot it
-    knows nothing of the batches.
+    The forecast is the mean over pilots. The interval spans the pilots, each with Wilson's 95 %
+    interval for its anchors: how far the run really travels is known only as well as pilots of
+    different powers agree, and few anchors say little even if all of them are kept (35 are needed
+    to know that fewer than 10 % are lost).
 
     Args:
         pilots: compressed pilots of one planned run on one set of anchors.
         tolerance: share of the kept openings that may be lost.
-        confidence: coverage of the interval.
-        window: largest compression that is believed.
-        resamples: bootstrap samples.
-        seed: seed of the bootstrap.
+        window: largest compression that is believed, of the middle pilot.
 
     Raises:
         ValueError: no pilot, pilots of several runs, or a model that keeps no opening to begin
@@ -95,9 +89,10 @@ def forecast(
             "the model opens none of its replies as the anchors do: anchors must be what the "
             "aligned model itself says; write its own replies into them"
         )
-    lost = torch.stack([(~pilot.kept[:, at_start]).double() for pilot in pilots])  # (P, R, N)
-    low, high = _interval(lost, confidence, resamples, seed)
-    share = lost.mean((0, 2))
+    lost = torch.stack([(~pilot.kept[:, at_start]).sum(1) for pilot in pilots])  # (P, R)
+    total = int(at_start.sum())
+    low, high = _interval(lost, total)
+    share = lost.double().mean(0) / total
     verdict, reason = _judge(pilots, share, low, high, tolerance, window)
     return Forecast(
         effective_steps=pilots[0].effective_steps,
@@ -111,17 +106,14 @@ def forecast(
     )
 
 
-def _interval(lost: Tensor, confidence: float, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Percentile bootstrap of the mean over pilots and anchors, per reading."""
-    generator = torch.Generator().manual_seed(seed)
-    pilots, _, anchors = lost.shape
-    means = []
-    for _ in range(resamples):
-        p = torch.randint(pilots, (pilots,), generator=generator)
-        a = torch.randint(anchors, (anchors,), generator=generator)
-        means.append(lost[p][:, :, a].mean((0, 2)))
-    tail = (1 - confidence) / 2
-    low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail]).double(), dim=0)
+def _interval(lost: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The span of the pilots' own intervals at each reading; nothing is lost at the start."""
+    ends = torch.tensor(
+        [[Rate(count, total).interval() for count in row] for row in lost.tolist()],
+        dtype=torch.float64,
+    )
+    low, high = ends[..., 0].amin(0), ends[..., 1].amax(0)
+    low[0], high[0] = 0.0, 0.0
     return low, high
 
 
@@ -133,7 +125,7 @@ def _judge(
     tolerance: float,
     window: float,
 ) -> tuple[Verdict, str]:
-    compression = pilots[0].compression
+    compression = sorted(pilot.compression for pilot in pilots)[(len(pilots) - 1) // 2]
     if compression > window:
         return Verdict.INCONCLUSIVE, (
             f"the pilot would have to step {compression:.1f} times as far as the run does, beyond "

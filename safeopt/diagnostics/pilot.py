@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from safeopt.anchors import IGNORED, Anchors
+from safeopt.curvature.vectors import restored, trainable_parameters
 from safeopt.geometry.capture import check_finite, logits_of
 from safeopt.geometry.coverage import device_of, unwrapped
 from safeopt.isolation import undisturbed
@@ -199,7 +199,7 @@ def run_pilot(
     due = {round(count * (r + 1) / readings) for r in range(readings)}
     seen = [read_anchors(bare, anchors, opening=opening)]
     at, task_losses = [0], []
-    with _restored(bare, trained):
+    with restored(trainable_parameters(bare)), training(bare):
         stepper = optimizer(trained, planned.learning_rate * compression)
         for step in range(1, count + 1):
             batch = _next(batches, step, count)
@@ -243,18 +243,15 @@ def _train_step(
 
 
 @contextmanager
-def _restored(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Train in the body; put weights, gradients and all that `undisturbed` keeps back."""
-    weights = [p.detach().clone() for p in trained]
-    gradients: list[Any] = [p.grad for p in trained]
+def training(model: nn.Module) -> Iterator[None]:
+    """Train mode and empty gradients in the body; modes, gradients and RNG state come back."""
+    held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     try:
-        with undisturbed(model):
+        with undisturbed(model, reentrant=True):
             model.train()
-            for p in trained:
+            for p, _ in held:
                 p.grad = None
             yield
     finally:
-        with torch.no_grad():
-            for p, weight, gradient in zip(trained, weights, gradients, strict=True):
-                p.copy_(weight)
-                p.grad = gradient
+        for p, gradient in held:
+            p.grad = gradient

@@ -1,21 +1,42 @@
-"""A forecast as JSON and as markdown for a pull request."""
+"""A diagnosis as one JSON document, and as markdown for a pull request."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from safeopt.diagnostics.condition import Condition
 from safeopt.diagnostics.forecast import Forecast
+from safeopt.diagnostics.lookahead import Estimate
+from safeopt.diagnostics.pilot import Pilot, PlannedRun
 
-SCHEMA = 1
+SCHEMA = 2
 
 
-def as_dict(forecast: Forecast) -> dict[str, Any]:
-    """A JSON document of the forecast; ``schema`` changes when its fields do."""
+def as_dict(
+    forecast: Forecast,
+    planned: PlannedRun | None = None,
+    pilots: Sequence[Pilot] = (),
+    condition: Condition | None = None,
+) -> dict[str, Any]:
+    """A JSON document; ``schema`` changes when its fields do.
+
+    Args:
+        forecast: the forecast.
+        planned: the run, for accumulated learning rates and suggestions.
+        pilots: what the forecast was made of, for the exponent of the onset.
+        condition: the Alignment Instability Condition.
+    """
     curve = {
-        name: [round(float(value), 6) for value in getattr(forecast, name)]
+        name: _rounded(getattr(forecast, name))
         for name in ("effective_steps", "anchor_loss", "lost", "low", "high")
     }
-    return {
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         "verdict": forecast.verdict.value,
         "reason": forecast.reason,
@@ -23,27 +44,142 @@ def as_dict(forecast: Forecast) -> dict[str, Any]:
         "first_step_over": forecast.first_step_over(),
         "curve": curve,
     }
+    if planned is not None:
+        rates = forecast.effective_steps * planned.learning_rate
+        curve["accumulated_rate"] = _rounded(rates)
+        document["suggestions"] = suggestions(forecast, planned)
+    if pilots:
+        document["onset"] = onset(pilots)
+    if condition is not None:
+        document["condition"] = _condition(condition)
+    return document
 
 
-def as_markdown(forecast: Forecast) -> str:
-    """Verdict, reason and the curve as a table."""
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{float(value):.6g}") for value in values]
+
+
+def suggestions(forecast: Forecast, planned: PlannedRun) -> list[str]:
+    """What would help, with the effect that the pilots predict.
+
+    A lower rate goes less far by the same factor, and the way grows with the root of the steps: a
+    reading at S_r of S steps stands for the whole run at the rate eta sqrt(S_r / S).
+    """
+    if float(forecast.high[-1]) <= forecast.tolerance:
+        return []
+    held = torch.nonzero(forecast.high <= forecast.tolerance).flatten()
+    held = held[forecast.effective_steps[held] > 0]
+    guarded = (
+        "Train with SafeAdamW and a guard with a budget of b nats: a refresh that finds an "
+        "anchor's loss more than b above the aligned model's takes it back."
+    )
+    if len(held):
+        reading = int(held[-1])
+        share = math.sqrt(float(forecast.effective_steps[reading] / forecast.effective_steps[-1]))
+        expected, most = 100 * float(forecast.lost[reading]), 100 * float(forecast.high[reading])
+        slower = (
+            f"Lower the learning rate to {share * planned.learning_rate:.2g}: {expected:.0f} % of "
+            f"the anchors are then expected to be lost, {most:.0f} % at most."
+        )
+        return [slower, guarded]
+    unknown = "No reading of the pilots is known to be safe: lower the rate, or give more anchors."
+    return [unknown, guarded]
+
+
+def onset(pilots: Sequence[Pilot], resamples: int = 500) -> dict[str, Any]:
+    """The exponent of the drift's onset, 1/2 mean_i (l_i(t) - l_i(0))^2 ~ t^p, by pilots.
+
+    p is 2 where the first step already moves the anchors and 4 where curvature has to bend the way
+    into them first. The interval is a bootstrap over anchors.
+    """
+    steps = pilots[0].effective_steps
+    losses = torch.stack([pilot.losses.double() for pilot in pilots]).mean(0)
+    squares = 0.5 * (losses[1:] - losses[0]).square()  # (R - 1, N)
+    drift = squares.mean(1)
+    generator = torch.Generator().manual_seed(0)
+    anchors = squares.shape[1]
+    found = []
+    for _ in range(resamples):
+        pick = torch.randint(anchors, (anchors,), generator=generator)
+        found.append(_slope(steps[1:], squares[:, pick].mean(1)))
+    low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {
+        "effective_steps": _rounded(steps[1:]),
+        "drift": _rounded(drift),
+        "exponent": round(_slope(steps[1:], drift), 3),
+        "low": round(low, 3),
+        "high": round(high, 3),
+    }
+
+
+def _slope(x: Tensor, y: Tensor) -> float:
+    a, b = x.double().log(), y.clamp(min=1e-30).log()
+    if len(a) < 2:
+        return math.nan
+    a = a - a.mean()
+    return float((a * (b - b.mean())).sum() / a.square().sum())
+
+
+def _condition(condition: Condition) -> dict[str, Any]:
+    def written(estimate: Estimate) -> dict[str, float]:
+        return {name: float(f"{value:.6g}") for name, value in asdict(estimate).items()}
+
+    return {
+        "spectrum": _rounded(condition.spectrum),
+        "null_spectrum": _rounded(condition.null_spectrum),
+        "tail": round(condition.tail, 4),
+        "null_tail": round(condition.null_tail, 4),
+        "rank": condition.rank,
+        "overlap": written(condition.overlap),
+        "expected_overlap": float(f"{condition.expected_overlap:.6g}"),
+        "velocity": written(condition.velocity),
+        "coupling": written(condition.coupling),
+        "acceleration": written(condition.acceleration),
+        "law_window": round(condition.law.window(), 1),
+        "hessian_error": float(f"{condition.hessian_error:.3g}"),
+        "modules": [asdict(module) for module in condition.modules],
+        "row_scores": [float(f"{score:.4g}") for score in condition.row_scores],
+    }
+
+
+def as_markdown(document: Mapping[str, Any]) -> str:
+    """Verdict, reason, the curve as a table and what to do."""
+    curve = document["curve"]
     lines = [
-        f"## {forecast.verdict.value}",
+        f"## {document['verdict']}",
         "",
-        f"{forecast.reason}.",
+        f"{document['reason']}.",
         "",
         "| effective steps | anchor loss (nats) | anchors lost | 95 % interval |",
         "| ---: | ---: | ---: | ---: |",
     ]
-    rows = zip(
-        forecast.effective_steps.tolist(),
-        forecast.anchor_loss.tolist(),
-        forecast.lost.tolist(),
-        forecast.low.tolist(),
-        forecast.high.tolist(),
-        strict=True,
-    )
-    for steps, loss, lost, low, high in rows:
+    columns = ("effective_steps", "anchor_loss", "lost", "low", "high")
+    for steps, loss, lost, low, high in zip(*(curve[c] for c in columns), strict=True):
         interval = f"{100 * low:.0f} to {100 * high:.0f} %"
         lines.append(f"| {steps:.0f} | {loss:.3f} | {100 * lost:.0f} % | {interval} |")
-    return "\n".join(lines) + "\n"
+    lines += ["", *(f"- {advice}" for advice in document.get("suggestions", ()))]
+    for name, value, low, high in condition_rows(document):
+        lines.append(f"- {name}: {value}" + (f" ({low} to {high})" if low else ""))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def condition_rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Name, value and interval of the condition's figures, ready to print."""
+    found = document.get("condition")
+    if found is None:
+        return []
+    rows = [
+        ("Spectrum's mass beyond its first tenth", f"{found['tail']:.2f}", "", ""),
+        ("... of harmless rows", f"{found['null_tail']:.2f}", "", ""),
+    ]
+    for key, name in (
+        ("overlap", "Overlap ε of the first step with the safety subspace"),
+        ("velocity", "First-order change of the anchor loss in a step (nats)"),
+        ("coupling", "Coupling γ through the task's curvature (nats a step²)"),
+        ("acceleration", "Whole acceleration Γ, by look-ahead (nats a step²)"),
+    ):
+        figure = found[key]
+        rows.append((name, *(f"{figure[end]:.2g}" for end in ("value", "low", "high"))))
+    rows.append(("Overlap that a random step has", f"{found['expected_overlap']:.2g}", "", ""))
+    rows.append(("Planned steps within which Γ's law holds", f"{found['law_window']:.0f}", "", ""))
+    return rows

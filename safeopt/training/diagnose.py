@@ -14,11 +14,26 @@ from transformers import get_scheduler
 
 from safeopt import Anchors
 from safeopt.anchors import IGNORED
-from safeopt.diagnostics import Forecast, PlannedRun, forecast, run_pilot
+from safeopt.diagnostics import (
+    Condition,
+    Forecast,
+    Pilot,
+    PlannedRun,
+    as_dict,
+    forecast,
+    measure_condition,
+    run_pilot,
+)
+from safeopt.diagnostics.pilot import Batch
 from safeopt.geometry.coverage import device_of
 from safeopt.training import data, models, optimizers
 from safeopt.training.config import TrainConfig
 from safeopt.training.loss import nll_sum
+
+POWERS = (0.3, 0.5, 0.7)
+"""Powers of the pilots: how far a run travels is known about so well."""
+
+_SKETCHED = 16  # anchors in the condition's sketch, whose size grows with them
 
 
 @dataclass(frozen=True)
@@ -27,28 +42,34 @@ class Diagnosis:
 
     Attributes:
         forecast: the anchors along the planned run.
+        condition: the Alignment Instability Condition; None if it was not asked for.
         planned: the run's rate and effective steps.
         steps: optimizer steps of the run.
-        pilots: pilots made.
+        pilots: the pilots made.
         pilot_steps: steps of each.
         anchors: anchors read.
+        rows: texts of the rows that the condition scores.
     """
 
     forecast: Forecast
+    condition: Condition | None
     planned: PlannedRun
     steps: int
-    pilots: int
+    pilots: tuple[Pilot, ...]
     pilot_steps: int
     anchors: int
+    rows: tuple[str, ...]
 
-    def facts(self) -> dict[str, float]:
-        """Sizes, for a report."""
-        return {
+    def document(self) -> dict[str, Any]:
+        """What report.json holds, the run's options and the machine apart."""
+        return as_dict(self.forecast, self.planned, self.pilots, self.condition) | {
             "steps": self.steps,
+            "learning_rate": self.planned.learning_rate,
             "effective_steps_planned": self.planned.effective_steps,
-            "pilots": self.pilots,
+            "pilots": len(self.pilots),
             "pilot_steps": self.pilot_steps,
             "anchors": self.anchors,
+            "rows": list(self.rows),
         }
 
 
@@ -76,10 +97,12 @@ def diagnose(
     rows: Sequence[data.Row] | None = None,
     *,
     anchors: Anchors | str | Path | None = None,
-    pilots: int = 2,
+    powers: Sequence[float] = POWERS,
     pilot_steps: int = 32,
     opening: int = 4,
     tolerance: float = 0.1,
+    condition: bool = True,
+    scored_rows: int = 8,
 ) -> Diagnosis:
     """Forecast what fine-tuning as ``config`` says does to the anchors.
 
@@ -94,10 +117,12 @@ def diagnose(
         rows: training rows in memory; otherwise ``config.dataset``.
         anchors: a JSONL file, or anchors in memory; otherwise ``config.anchors``. Only ``refuse``
             anchors are read.
-        pilots: pilots, each on batches of its own.
+        powers: one pilot each, see `PlannedRun.compression`; their spread is the forecast's.
         pilot_steps: steps of each.
         opening: reply tokens that tell a refusal.
         tolerance: share of the anchors that may be lost.
+        condition: measure the Alignment Instability Condition too, on up to 16 anchors.
+        scored_rows: rows whose own push is measured with it.
 
     Raises:
         ValueError: bad options, rows or anchors.
@@ -114,25 +139,47 @@ def diagnose(
     bare = models.load_model(config) if model is None else model
     bare = models.prepare_for_training(bare, config)
     batches = _batches(examples, plan, tokenizer, device_of(bare))
-    made = [
+
+    def optimizer(_: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        return optimizers.build_optimizer(bare, replace(config, learning_rate=lr))
+
+    pilots = tuple(
         run_pilot(
-            bare,
-            refusals,
-            batches,
-            planned,
-            steps=pilot_steps,
-            opening=opening,
-            optimizer=lambda _, lr: optimizers.build_optimizer(
-                bare, replace(config, learning_rate=lr)
-            ),
-            loss=lambda m, batch: _mean_nll(m, dict(batch)),
-            max_norm=config.max_grad_norm or None,
+            bare, refusals, batches, planned, steps=pilot_steps, readings=8, opening=opening,
+            power=power, optimizer=optimizer, loss=_mean_nll, max_norm=config.max_grad_norm or None,
         )
-        for _ in range(pilots)
-    ]
+        for power in powers
+    )  # fmt: skip
+    measured = None
+    if condition:
+        measured = measure_condition(
+            bare, refusals.first(_SKETCHED), _as_anchors(examples[: len(refusals)][:_SKETCHED]),
+            batches, planned.learning_rate, optimizer=optimizer, loss=_mean_nll,
+            rows=[_one_row(e, device_of(bare)) for e in examples[:scored_rows]],
+        )  # fmt: skip
     return Diagnosis(
-        forecast(made, tolerance=tolerance), planned, steps, pilots, pilot_steps, len(refusals)
+        forecast=forecast(pilots, tolerance=tolerance),
+        condition=measured,
+        planned=planned,
+        steps=steps,
+        pilots=pilots,
+        pilot_steps=pilot_steps,
+        anchors=len(refusals),
+        rows=tuple(_text(row) for row in found[:scored_rows]) if condition else (),
     )
+
+
+def _as_anchors(examples: Sequence[data.Example]) -> Anchors:
+    return Anchors.from_tokens([e.input_ids for e in examples], [e.labels for e in examples])
+
+
+def _one_row(example: data.Example, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in data.collate([example], 0).items()}
+
+
+def _text(row: data.Row, length: int = 160) -> str:
+    text = " | ".join(str(value) for key, value in row.items() if key != "_where")
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _anchors(config: TrainConfig, tokenizer: Any, anchors: Anchors | str | Path | None) -> Anchors:
@@ -154,7 +201,8 @@ def _batches(
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _mean_nll(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    labels = batch.pop("labels")
+def _mean_nll(model: nn.Module, batch: Batch) -> Tensor:
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
     targets = (labels[:, 1:] != IGNORED).sum()
-    return nll_sum(model(**batch, use_cache=False).logits, labels) / targets
+    return nll_sum(model(**inputs, use_cache=False).logits, labels) / targets

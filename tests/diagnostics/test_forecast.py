@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from safeopt.diagnostics import Pilot, PlannedRun, Verdict, forecast
+from safeopt.evaluation import Rate
 
 
 def pilot(kept: Tensor, steps: float = 128.0, task: list[float] | None = None) -> Pilot:
@@ -28,14 +29,19 @@ def ends_with(lost: int, anchors: int = 64) -> Tensor:
     return kept
 
 
-def test_share_and_interval_are_those_of_the_mean() -> None:
-    made = forecast([pilot(ends_with(16)), pilot(ends_with(24))], resamples=4000)
+def test_share_is_the_mean_and_the_interval_spans_the_pilots() -> None:
+    made = forecast([pilot(ends_with(16)), pilot(ends_with(24))])
     assert made.lost.tolist() == pytest.approx([0, 10 / 64, 20 / 64])
-    assert float(made.low[-1]) < 20 / 64 < float(made.high[-1])
-    # At least the binomial spread of the anchors, plus that between the pilots.
-    sigma = (20 / 64 * 44 / 64 / 64) ** 0.5
-    assert float(made.high[-1] - made.low[-1]) > 2 * 1.96 * sigma * 0.9
+    assert float(made.low[-1]) == pytest.approx(Rate(16, 64).interval()[0])
+    assert float(made.high[-1]) == pytest.approx(Rate(24, 64).interval()[1])
     assert made.first_step_over() == 64.0
+    assert made.low[0] == made.high[0] == 0
+
+
+def test_pilots_that_disagree_and_few_anchors_are_no_go_ahead() -> None:
+    assert forecast([pilot(ends_with(0)), pilot(ends_with(30))]).verdict is Verdict.CAUTION
+    assert forecast([pilot(ends_with(0, anchors=34))]).verdict is Verdict.CAUTION
+    assert forecast([pilot(ends_with(0, anchors=35))]).verdict is Verdict.GO
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safeopt.diagnostics import Verdict, read_anchors
 from safeopt.training import TrainConfig, train
 from safeopt.training.diagnose import diagnose, learning_rates
 
-REFUSALS = [{"prompt": f"harm {i}", "reply": "no, sorry", "kind": "refuse"} for i in range(8)]
+REFUSALS = [{"prompt": f"harm {i:02}", "reply": "no, sorry", "kind": "refuse"} for i in range(36)]
 TASK = [{"prompt": f"add {i}", "reply": "yes, all of it"} for i in range(8)]
 
 
@@ -89,7 +89,15 @@ def test_command_writes_reports_and_speaks_by_exit_code(
     assert facts["verdict"] == "NO-GO"
     assert facts["steps"] == 20
     assert json.loads((tmp_path / "out/report.json").read_text())["curve"] == facts["curve"]
+    assert facts["condition"]["overlap"]["low"] <= facts["condition"]["overlap"]["value"]
+    assert facts["onset"]["low"] <= facts["onset"]["exponent"] <= facts["onset"]["high"]
+    assert len(facts["rows"]) == len(facts["condition"]["row_scores"])
+    assert any("learning rate" in advice for advice in facts["suggestions"])
     assert (tmp_path / "out/report.md").read_text().startswith("## NO-GO")
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("<svg") == page.count('role="img"') == page.count("aria-label") == 4
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert "<script" not in page
     assert cli.main([*command, "--learning_rat", "1"]) == 2
     assert "learning_rate" in capsys.readouterr().err
 
