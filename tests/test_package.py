@@ -120,7 +120,7 @@ def test_each_third_party_import_is_declared() -> None:
         ("kernels", {"safeopt"}),
         ("safeopt/geometry", {"safeopt.guard", "safeopt.optim", "safeopt.training"}),
         ("safeopt/curvature", {"safeopt.guard", "safeopt.optim", "safeopt.training"}),
-        ("safeopt/diagnostics", {"safeopt.integrations", "safeopt.training", "safeopt.demo"}),
+        ("safeopt/diagnostics", {"safeopt.integrations", "safeopt.training", "safeopt.evaluation"}),
         ("safeopt/integrations", {"safeopt.training", "safeopt.evaluation", "safeopt.demo"}),
         (
             "safeopt/optim",

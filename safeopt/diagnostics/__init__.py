@@ -3,6 +3,7 @@
 from safeopt.diagnostics.condition import Condition, measure_condition
 from safeopt.diagnostics.forecast import Forecast, Verdict, forecast
 from safeopt.diagnostics.lookahead import Estimate, Law, look_ahead, mean_law
+from safeopt.diagnostics.monitor import Monitor
 from safeopt.diagnostics.pilot import Pilot, PlannedRun, Reading, read_anchors, run_pilot
 from safeopt.diagnostics.report import as_dict, as_markdown
 
@@ -11,6 +12,7 @@ __all__ = [
     "Estimate",
     "Forecast",
     "Law",
+    "Monitor",
     "Pilot",
     "PlannedRun",
     "Reading",

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 _INK = "#010203"  # stands for the page's text colour
 _BLUE, _ORANGE, _GREY = "#2f7fd1", "#d9731a", "#8a8f98"  # readable on white and on near-black
@@ -109,10 +110,14 @@ def onset_figure(document: Mapping[str, Any]) -> str:
             line = middle[0] * (x / middle[1]) ** power
             axes.plot(x, line, style, color=_GREY, label=f"exponent {power}")
         fitted = middle[0] * (x / middle[1]) ** found["exponent"]
-        axes.plot(x, fitted, color=_ORANGE, label=f"fit: {found['exponent']:.1f}")
+        name = f"fit: {found['exponent']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
+        axes.plot(x, fitted, color=_ORANGE, label=name)
         axes.plot(x, y, "o", color=_BLUE, label="pilots")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_xticks([x[0], math.sqrt(x[0] * x[-1]), x[-1]])
+        axes.xaxis.set_major_formatter("{x:.3g}")
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("effective steps")
         axes.set_ylabel("drift (nats²)")
         axes.legend(fontsize=8)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safeopt.diagnostics.pilot import Pilot
-from safeopt.evaluation.intervals import Rate
+from safeopt.intervals import Rate
 
 WINDOW = 8.0
 """Compression beyond which a pilot is no witness any more."""

@@ -1,10 +1,10 @@
 """Refusal, over-refusal and task figures of a chat model, with transcripts."""
 
 from safeopt.evaluation.generation import Decoding, evaluating, greedy_replies
-from safeopt.evaluation.intervals import Rate
 from safeopt.evaluation.nll import reply_nll
 from safeopt.evaluation.refusal import is_refusal
 from safeopt.evaluation.suite import SuiteResult, Verdict, evaluate, judge, write_transcripts
+from safeopt.intervals import Rate
 
 __all__ = [
     "Decoding",

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safeopt.evaluation.generation import Decoding, greedy_replies
-from safeopt.evaluation.intervals import Rate
 from safeopt.evaluation.nll import reply_nll
 from safeopt.evaluation.refusal import is_refusal
 from safeopt.files import write_jsonl
+from safeopt.intervals import Rate
 
 TRANSCRIPT_WORDS = 12
 """Words of a reply that a transcript keeps: enough to judge it, too few to do harm."""

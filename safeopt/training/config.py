@@ -91,6 +91,10 @@ class TrainConfig:
             logged as ``probe/refusal_rate``.
         probe_samples: Prompts of ``probe_dataset`` used; 0 takes all.
         eval_steps: Steps between evaluations and probes; 0 runs them at the start and end only.
+        monitor: Forecast the end of the run at every evaluation (see `eval_steps`) from the
+            anchors' losses and openings. ``"log"`` logs it as ``safety/...``; ``"stop"`` also ends
+            the run, and saves it, once the forecast is NO-GO; ``"guard"`` trains without the guard
+            of an optimizer that has one until then.
         progress: Show a progress bar (on a terminal).
     """
 
@@ -135,6 +139,7 @@ class TrainConfig:
     probe_dataset: str | None = None
     probe_samples: int = 0
     eval_steps: int = 0
+    monitor: Literal["off", "log", "stop", "guard"] = "off"
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -147,9 +152,14 @@ class TrainConfig:
             "set max_steps or num_train_epochs to a positive number",
         )
         _require(
-            self.optimizer in GUARDED or not (self.anchors or self.guard),
+            self.optimizer in GUARDED
+            or not (self.guard or (self.anchors and self.monitor == "off")),
             f"{self.optimizer} holds no guard, so anchors and guard options would do nothing: set "
             f"optimizer to one of {', '.join(sorted(GUARDED))}, or leave them out",
+        )
+        _require(
+            self.monitor != "guard" or self.optimizer in GUARDED,
+            f"monitor guard needs an optimizer with a guard: {', '.join(sorted(GUARDED))}",
         )
 
     def planned_steps(self, rows: int, rows_per_step: int) -> int:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from safeopt import Anchors
+from safeopt.diagnostics import Verdict
 from safeopt.evaluation.generation import evaluating
 from safeopt.files import write_text
 from safeopt.integrations.accelerate import refuse_unsupported
@@ -104,6 +105,8 @@ class _Run:
         bare = models.load_model(config) if model is None else model
         self.bare = models.prepare_for_training(bare, config)
         self.anchors = self._anchors(anchors)
+        self.monitor = probes.monitor(config, self.anchors, self.steps)
+        self.probes += [self.monitor] if self.monitor is not None else []
         main = self.accelerator.is_main_process
         self.log = MetricsLog(self.output_dir / "metrics.jsonl" if main else None)
         self.step, self.tokens, self.loss = 0, 0, math.nan
@@ -140,11 +143,23 @@ class _Run:
             refuse_unsupported(self.accelerator.state)
         # Under FSDP2 Accelerate shards model and optimizer together. The guard comes last: it then
         # measures the anchors in the precision that trains, and sees which processes train.
-        optimizer = optimizers.build_optimizer(self.bare, self.config)
+        self.holder = optimizer = optimizers.build_optimizer(self.bare, self.config)
         self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         self.guard = optimizers.build_guard(self.model, self.anchors, self.config)
-        if isinstance(optimizer, HoldsGuard) and self.guard is not None:
-            optimizer.hold(self.guard)
+        if self.config.monitor != "guard":
+            self._hold_guard()
+
+    def _hold_guard(self) -> None:
+        if isinstance(self.holder, HoldsGuard) and self.guard is not None:
+            self.holder.hold(self.guard)
+
+    def _heed_monitor(self) -> bool:
+        """Whether the run is to end; puts it under its guard where that was asked for."""
+        if self.monitor is None or self.monitor.verdict is not Verdict.NO_GO:
+            return False
+        if self.config.monitor == "guard":
+            self._hold_guard()
+        return self.config.monitor == "stop"
 
     def train(self) -> TrainResult:
         seconds = 0.0
@@ -153,6 +168,8 @@ class _Run:
             self._start()
             for step in self._progress():
                 seconds += self._timed_step(step)
+                if self._heed_monitor():
+                    break
             self._finish()
         if self.config.gradient_checkpointing:
             self.bare.gradient_checkpointing_disable()

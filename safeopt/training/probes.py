@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from safeopt import Anchors
+from safeopt.diagnostics import Monitor
 from safeopt.training import data
 from safeopt.training.config import TrainConfig
 
@@ -26,6 +28,22 @@ def from_config(config: TrainConfig, tokenizer: Any) -> list[Probe]:
     if config.probe_dataset is not None:
         wanted.append(_refusal_rate(config, data.read_rows(config.probe_dataset), tokenizer))
     return wanted
+
+
+def monitor(config: TrainConfig, anchors: Anchors | None, steps: int) -> Monitor | None:
+    """The monitor that ``config.monitor`` asks for.
+
+    Raises:
+        ValueError: It is asked for without anchors, or without an ``eval_steps`` to look at.
+    """
+    if config.monitor == "off":
+        return None
+    if anchors is None or config.eval_steps == 0:
+        raise ValueError(
+            f"monitor {config.monitor} reads anchors every eval_steps steps: set `anchors` to a "
+            "JSONL file, or pass them, and eval_steps to a number above 0"
+        )
+    return Monitor(anchors.of_kind("refuse"), steps)
 
 
 def _task_nll(config: TrainConfig, rows: list[dict[str, Any]], tokenizer: Any) -> Probe:

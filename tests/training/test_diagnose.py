@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +39,7 @@ def aligned(
 
 def config(**changes: Any) -> TrainConfig:
     options = {"learning_rate": 1e-2, "max_steps": 40, "per_device_train_batch_size": 4}
-    return TrainConfig(output_dir=".", **(options | changes))
+    return TrainConfig(**({"output_dir": "."} | options | changes))
 
 
 def anchors(tokenizer: Any) -> Anchors:
@@ -112,3 +113,41 @@ def test_bad_input_is_named(aligned: nn.Module, tokenizer: Any) -> None:
         diagnose(config(), aligned, tokenizer, TASK, anchors=comply)
     with pytest.raises(ValueError, match="above 0"):
         diagnose(config(learning_rate=0.0), aligned, tokenizer, TASK, anchors=anchors(tokenizer))
+
+
+def monitored(aligned: nn.Module, tokenizer: Any, where: Path, **changes: Any) -> Any:
+    plan = config(output_dir=str(where), save_steps=0, save_model=False, eval_steps=5, **changes)
+    model = copy.deepcopy(aligned)
+    result = train(plan, model, tokenizer, TASK, anchors=Anchors.from_rows(REFUSALS, tokenizer))
+    kept = read_anchors(model, anchors(tokenizer).of_kind("refuse")).kept
+    lines = (where / "metrics.jsonl").read_text().splitlines()
+    return result.steps, float(kept.float().mean()), [json.loads(line) for line in lines]
+
+
+def test_monitor_logs_stops_and_guards(aligned: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
+    steps, kept, log = monitored(aligned, tokenizer, tmp_path / "log", monitor="log")
+    assert (steps, kept) == (40, 0.0)
+    told = [line for line in log if "safety/forecast_lost" in line]
+    assert [line["step"] for line in told] == list(range(0, 41, 5))
+    assert told[0]["safety/lost"] == 0.0
+    assert told[-1]["safety/lost"] == told[-1]["safety/forecast_lost"] == 1.0
+    for earlier, later in itertools.pairwise(told):
+        rise = 5 * later["safety/velocity"]
+        assert later["safety/loss"] - earlier["safety/loss"] == pytest.approx(rise)
+
+    steps, _, log = monitored(aligned, tokenizer, tmp_path / "stop", monitor="stop")
+    assert steps < 40
+    assert log[-1]["safety/forecast_low"] > 0.1
+    assert all(line.get("safety/forecast_low", 0) <= 0.1 for line in log[:-1])
+
+    options = {"optimizer": "safe_adamw", "monitor": "guard", "guard": {"refresh_every": 1}}
+    steps, kept, log = monitored(aligned, tokenizer, tmp_path / "guard", **options)
+    assert steps == 40
+    assert kept > 0.9
+
+
+def test_monitor_needs_anchors_and_something_to_guard(make_model: Callable, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="with a guard"):
+        config(monitor="guard")
+    with pytest.raises(ValueError, match="eval_steps"):
+        train(config(monitor="log"), make_model(), tokenizer, TASK)

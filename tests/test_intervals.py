@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeopt.evaluation import Rate
-from safeopt.evaluation.intervals import Z_95
+from safeopt.intervals import Z_95
 
 
 @st.composite

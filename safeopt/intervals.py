@@ -1,4 +1,4 @@
-"""Counts of refusals with their interval."""
+"""Counts with their interval."""
 
 from __future__ import annotations
 
