@@ -55,7 +55,7 @@ def main() -> None:
     torch.set_num_threads(1)
     versions = {name: version(name) for name in ("alignment-risk", "torch", "transformers")}
     for place in sorted(path.parent for path in Path(sys.argv[1]).glob("*/given.pt")):
-        found = {"versions": versions, "runs": forecast(place)}
+        found: dict[str, Any] = {"versions": versions, "runs": forecast(place)}
         text = json.dumps(found, indent=1)
         (place / "alignment_risk.json").write_text(text, encoding="utf-8")
         print(place.name, [run["collapses"] for run in found["runs"]])

@@ -196,7 +196,7 @@ def _path(
     stepper = make([p for p in model.parameters() if p.requires_grad], rate)
 
     def step() -> None:
-        loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        loss(model, batch).backward()
         stepper.step()
         stepper.zero_grad()
 
@@ -215,7 +215,7 @@ def _probe(
     parameters = trainable_parameters(model)
     with training(model), restored(parameters) as origin:
         stepper = make([p for p in model.parameters() if p.requires_grad], rate)
-        loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        loss(model, batch).backward()
         gradient = norm(p.grad for p in parameters.values() if p.grad is not None)
         stepper.step()
         step = {name: p.detach() - origin[name] for name, p in parameters.items()}

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 
 _INK = "#010203"  # stands for the page's text colour
 _BLUE, _ORANGE, _GREY = "#2f7fd1", "#d9731a", "#8a8f98"  # readable on white and on near-black
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "safeopt",
     "font.size": 10,

@@ -178,8 +178,8 @@ def condition_rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str
         ("coupling", "Coupling γ through the task's curvature (nats a step²)"),
         ("acceleration", "Whole acceleration Γ, by look-ahead (nats a step²)"),
     ):
-        figure = found[key]
-        rows.append((name, *(f"{figure[end]:.2g}" for end in ("value", "low", "high"))))
+        value, low, high = (f"{found[key][end]:.2g}" for end in ("value", "low", "high"))
+        rows.append((name, value, low, high))
     rows.append(("Overlap that a random step has", f"{found['expected_overlap']:.2g}", "", ""))
     rows.append(("Planned steps within which Γ's law holds", f"{found['law_window']:.0f}", "", ""))
     return rows
