@@ -1,9 +1,10 @@
 """Look-ahead: how the optimizer's own next steps move the anchors, by forward passes alone.
 
 Along the planned path an anchor's loss is l_i(t) = l_i + v_i t + 1/2 Gamma_i t^2 + 1/6 J_i t^3 with
-t in planned steps. Losses after 0, h, 2h and 3h steps give v, Gamma and J without a derivative of
-the anchors: Gamma holds the task's curvature and the level set's together, whatever the optimizer
-does to the gradient. (For plain SGD, Gamma is `safeopt.curvature.acceleration`'s total.)
+t in planned steps. Losses after 0, h, 2h and 3h steps, and one more on the straight line, give v,
+Gamma and J without a derivative of the anchors. Gamma holds the task's curvature and the level
+set's together, whatever the optimizer does to the gradient. (For plain SGD it is the total of
+`safeopt.curvature.acceleration`.)
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safeopt.curvature.vectors import Vector, restored
+from safeopt.curvature.vectors import Vector, displace, restored
 from safeopt.diagnostics.forecast import Verdict
 
 Step = Callable[[], None]
-_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Law:
     """What the first steps say of the way ahead.
 
     Attributes:
-        velocity: v, mean change of each anchor's loss in a planned step, nats, (N,).
+        velocity: v, change of each anchor's loss in a planned step, nats, less 1/2 Gamma's part
+            that turns the path, which begins with the second step, (N,).
         acceleration: Gamma, nats per planned step squared, (N,).
         jerk: J, nats per planned step cubed, (N,).
     """
@@ -56,10 +57,11 @@ class Law:
     def window(self, error: float = 0.1, limit: float = 1e6) -> float:
         """Planned steps within which `error` stays below ``error``; 0 if it does nowhere.
 
-        The look is coarse, a tenth of a decade at a time, from the first planned step on.
+        The look is coarse, a tenth of a decade at a time, from the second planned step on, and
+        ends where the error first passes ``error``.
         """
         held = 0.0
-        for exponent in range(round(10 * math.log10(limit)) + 1):
+        for exponent in range(3, round(10 * math.log10(limit)) + 1):
             steps = 10 ** (exponent / 10)
             if self.error(steps) > error:
                 break
@@ -123,15 +125,30 @@ def look_ahead(
 def _law(
     parameters: Vector, losses: Callable[[], Tensor], step: Step, before: Tensor, stride: float
 ) -> Law:
+    """One path's law, of single planned steps though it is measured with longer ones.
+
+    n steps s, each by delta longer than the last, lead to n s + n (n - 1) / 2 delta: the turn from
+    step to step begins with the second. So l_i(1) - l_i(0) = G s + 1/2 s^T (nabla^2 l) s, without
+    Gamma's other part G delta; two points on the straight line along s tell them apart.
+    """
     seen = [before]
-    with restored(parameters):
-        for _ in range(_STEPS):
+    with restored(parameters) as origin:
+        step()
+        seen.append(losses().double())
+        here = {name: p.detach().clone() for name, p in parameters.items()}
+        displace(parameters, here, {name: here[name] - origin[name] for name in here})
+        straight = losses().double()
+        displace(parameters, here)
+        for _ in range(2):
             step()
             seen.append(losses().double())
     a, b, c, d = seen
+    slope = (4 * b - 3 * a - straight) / (2 * stride)
+    level_set = (straight - 2 * b + a) / stride**2
+    acceleration = (2 * a - 5 * b + 4 * c - d) / stride**2
     return Law(
-        velocity=(-11 * a + 18 * b - 9 * c + 2 * d) / (6 * stride),
-        acceleration=(2 * a - 5 * b + 4 * c - d) / stride**2,
+        velocity=slope - 0.5 * (acceleration - level_set),
+        acceleration=acceleration,
         jerk=(-a + 3 * b - 3 * c + d) / stride**3,
     )
 

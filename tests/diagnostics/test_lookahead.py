@@ -39,10 +39,11 @@ def measured(toy: Toy, stride: float = 20.0) -> Law:
 def test_forecast_is_right_inside_its_window(seed: int, overlap: float, curved: bool) -> None:
     toy = Toy(seed, overlap=overlap, curved=curved)
     law = measured(toy)
-    # Known constants: v = -eta A g, Gamma = eta^2 (g^T Q_i g + A H g).
-    velocity = -RATE * toy.normals @ toy.slope
-    bend = (toy.bends @ toy.slope) @ toy.slope + toy.normals @ toy.hessian @ toy.slope
-    known = Law(velocity, RATE**2 * bend, torch.zeros_like(velocity))
+    # Known constants: v = -eta A g - eta^2/2 A H g, Gamma = eta^2 (g^T Q_i g + A H g).
+    turn = RATE**2 * toy.normals @ toy.hessian @ toy.slope
+    velocity = -RATE * toy.normals @ toy.slope - 0.5 * turn
+    acceleration = RATE**2 * (toy.bends @ toy.slope) @ toy.slope + turn
+    known = Law(velocity, acceleration, torch.zeros_like(velocity))
     window = law.window()
     assert window > 100
     for share in (0.5, 1.0):

@@ -93,7 +93,7 @@ def test_command_writes_reports_and_speaks_by_exit_code(
     assert facts["condition"]["overlap"]["low"] <= facts["condition"]["overlap"]["value"]
     assert facts["onset"]["low"] <= facts["onset"]["exponent"] <= facts["onset"]["high"]
     assert len(facts["rows"]) == len(facts["condition"]["row_scores"])
-    assert any("learning rate" in advice for advice in facts["suggestions"])
+    assert any("rate" in advice for advice in facts["suggestions"])
     assert (tmp_path / "out/report.md").read_text().startswith("## NO-GO")
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<svg") == page.count('role="img"') == page.count("aria-label") == 4
