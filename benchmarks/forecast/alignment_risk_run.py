@@ -30,21 +30,24 @@ def forecast(place: Path) -> list[dict[str, Any]]:
     given = torch.load(place / "given.pt")
     anchors, runs = given["anchors"], []
     rows = [{k: v[i : i + 1] for k, v in anchors.items()} for i in range(len(anchors["labels"]))]
+    config = alignment_risk.PipelineConfig(
+        curvature=alignment_risk.CurvatureConfig(max_batches=BATCHES),
+        adaptive_curvature_refine=False,
+    )
+    pipeline = alignment_risk.AlignmentRiskPipeline(config)
+    report = pipeline.run(model, rows, loss, given["batches"], loss)
     for plan in json.loads((place / "plans.json").read_text(encoding="utf-8")):
-        config = alignment_risk.PipelineConfig(
-            learning_rate=plan["lr"],
-            forecast=alignment_risk.ForecastConfig(max_steps=round(plan["effective_steps"])),
-            curvature=alignment_risk.CurvatureConfig(max_batches=BATCHES),
+        # The last part of `run`, which alone depends on the plan.
+        config.learning_rate = plan["lr"]
+        config.forecast.max_steps = round(plan["effective_steps"])
+        found = pipeline._forecast_from_curvature(
+            pipeline._stable_lambda_min(report.subspace), report.curvature
         )
-        pipeline = alignment_risk.AlignmentRiskPipeline(config)
-        report = pipeline.run(model, rows, loss, given["batches"], loss)
         runs.append(
             plan
             | {
-                "loss": float(report.forecast.estimated_loss[-1]),
-                "collapses": report.forecast.collapse_step is not None,
-                "overlap": float(report.initial_risk.projected_ratio),
-                "warning": report.warning,
+                "loss": float(found.estimated_loss[-1]),
+                "collapses": found.collapse_step is not None,
             }
         )
     return runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,7 +39,8 @@ def _svg(draw: Callable[[Figure], None], alt: str, size: tuple[float, float]) ->
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub("<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = text.replace(_INK, "currentColor")
     label = alt.replace("&", "and").replace('"', "'").replace("<", "less than ")
     return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 

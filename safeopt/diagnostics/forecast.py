@@ -68,7 +68,8 @@ def forecast(
     The forecast is the mean over pilots. The interval spans the pilots, each with Wilson's 95 %
     interval for its anchors: how far the run really travels is known only as well as pilots of
     different powers agree, and few anchors say little even if all of them are kept (35 are needed
-    to know that fewer than 10 % are lost).
+    to know that fewer than 10 % are lost). It also holds the share that sampling, and not greedy
+    decoding, loses: greedy openings all flip together, and their probabilities fall before that.
 
     Args:
         pilots: compressed pilots of one planned run on one set of anchors.
@@ -92,6 +93,7 @@ def forecast(
     lost = torch.stack([(~pilot.kept[:, at_start]).sum(1) for pilot in pilots])  # (P, R)
     total = int(at_start.sum())
     low, high = _interval(lost, total)
+    high = torch.maximum(high, torch.stack([_lost_by_sampling(p) for p in pilots]).amax(0))
     share = lost.double().mean(0) / total
     verdict, reason = _judge(pilots, share, low, high, tolerance, window)
     return Forecast(
@@ -115,6 +117,12 @@ def _interval(lost: Tensor, total: int) -> tuple[Tensor, Tensor]:
     low, high = ends[..., 0].amin(0), ends[..., 1].amax(0)
     low[0], high[0] = 0.0, 0.0
     return low, high
+
+
+def _lost_by_sampling(pilot: Pilot) -> Tensor:
+    """1 - mean opening probability over that at the start, within [0, 1], per reading."""
+    chances = pilot.chances.double().mean(1)
+    return (1 - chances / chances[0]).clamp(0, 1)
 
 
 def _judge(

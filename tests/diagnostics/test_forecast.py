@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +44,15 @@ def test_pilots_that_disagree_and_few_anchors_are_no_go_ahead() -> None:
     assert forecast([pilot(ends_with(0)), pilot(ends_with(30))]).verdict is Verdict.CAUTION
     assert forecast([pilot(ends_with(0, anchors=34))]).verdict is Verdict.CAUTION
     assert forecast([pilot(ends_with(0, anchors=35))]).verdict is Verdict.GO
+
+
+def test_openings_that_sampling_loses_are_no_go_ahead() -> None:
+    sure = pilot(ends_with(0))
+    weak = replace(sure, chances=sure.chances * torch.tensor([0.9, 0.8, 0.5])[:, None])
+    made = forecast([sure, weak])
+    assert made.verdict is Verdict.CAUTION
+    assert float(made.high[-1]) == pytest.approx(1 - 0.5 / 0.9)
+    assert float(made.lost[-1]) == 0
 
 
 @pytest.mark.parametrize(
