@@ -9,7 +9,7 @@ from safeopt.diagnostics import Condition, measure_condition
 from safeopt.diagnostics.pilot import mean_nll
 from tests import zoo
 
-RATE = 1e-3
+RATE = 1e-2
 
 
 def batch(rows: int = 4) -> dict[str, torch.Tensor]:
@@ -60,7 +60,7 @@ def test_condition_is_what_dense_algebra_says(make: type) -> None:
     )
     assert found.expected_overlap == pytest.approx((found.rank / g.shape[1]) ** 0.5)
     assert sum(module.mass for module in found.modules) == pytest.approx(1)
-    assert float(found.law.velocity.mean()) == pytest.approx(mean[1] - 0.5 * mean[2], rel=0.02)
+    assert float(found.law.velocity.mean()) == pytest.approx(mean[1] - 0.5 * mean[2], rel=0.05)
     assert len(found.row_scores) == 1
     assert 0 < found.tail < 1
     assert 0 < found.null_tail < 1
