@@ -1,0 +1,255 @@
+"""Ways to take a guarded AdamW step on a CPU, timed in turns beside fused AdamW without a guard.
+
+    python -m benchmarks.kernels.cpu_variants --output benchmarks/kernels/results/cpu_variants.json
+
+Square fp32 matrices with N q = 64 factor rows each. Every way updates the moments, works out
+c = G s and subtracts G^T a; what differs is where the step waits and in which precision the two
+products are taken. The coefficients' error is that against float64, relative to ||s|| times the
+factors' norms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeopt.environment import environment
+from safeopt.files import write_json
+from safeopt_kernels import ops
+from safeopt_kernels.settings import AdamW
+
+ADAMW = AdamW(lr=1e-6, weight_decay=0.0, step=3)
+BF16 = torch.bfloat16
+
+
+@dataclass
+class Problem:
+    """Matrices and factors.
+
+    Attributes:
+        p: weights; g, m and v beside them.
+        g: gradients.
+        m: first moments.
+        v: second moments.
+        left: factors (N, q, width).
+        right: factors (N, q, width).
+        weights: a, (N,).
+    """
+
+    p: list[Tensor]
+    g: list[Tensor]
+    m: list[Tensor]
+    v: list[Tensor]
+    left: list[Tensor]
+    right: list[Tensor]
+    weights: Tensor
+
+    @classmethod
+    def random(cls, layers: int, width: int, anchors: int, rank: int) -> Problem:
+        """Random weights, gradients and factors."""
+
+        def stack(*shape: int) -> list[Tensor]:
+            return [torch.randn(shape) for _ in range(layers)]
+
+        square, factor = (width, width), (anchors, rank, width)
+        v = [torch.rand(square).mul_(1e-2) for _ in range(layers)]
+        return cls(
+            stack(*square), stack(*square), stack(*square), v, stack(*factor), stack(*factor),
+            torch.full((anchors,), 1e-9, dtype=torch.float64),
+        )  # fmt: skip
+
+    def flat(self, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+        """Factors as (N q, width) matrices."""
+        pairs = zip(self.left, self.right, strict=True)
+        return [(x.flatten(0, 1).to(dtype), y.flatten(0, 1).to(dtype)) for x, y in pairs]
+
+
+def fused(problem: Problem, at: slice = slice(None)) -> None:
+    """AdamW alone, by torch's fused kernel."""
+    lists = (problem.p[at], problem.g[at], problem.m[at], problem.v[at])
+    torch._fused_adamw_(
+        *lists, [], [torch.tensor(float(ADAMW.step))] * len(lists[0]), lr=ADAMW.lr,
+        beta1=ADAMW.beta1, beta2=ADAMW.beta2, weight_decay=0.0, eps=ADAMW.eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+def whole_matrices(problem: Problem, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A copy, the fused step and a difference per matrix, then the two products."""
+    scratch, factors = torch.empty_like(problem.p[0]), problem.flat(dtype)
+    total = torch.zeros(len(problem.weights), dtype=torch.float64)
+    for i, p in enumerate(problem.p):
+        scratch.copy_(p)
+        fused(problem, slice(i, i + 1))
+        torch.sub(p, scratch, out=scratch)
+        left, right = factors[i]
+        image = left @ scratch.to(dtype)
+        total += (image * right).view(len(total), -1).sum(1, dtype=torch.float64)
+    _subtract(problem, dtype)
+    return total
+
+
+def _subtract(problem: Problem, dtype: torch.dtype) -> None:
+    scale = problem.weights.float().repeat_interleave(problem.left[0].shape[1])[:, None]
+    for p, (left, right) in zip(problem.p, problem.flat(), strict=True):
+        scaled = left * scale
+        if dtype == torch.float32:
+            p.addmm_(scaled.T, right, alpha=-1)
+        else:
+            scaled, right = scaled.to(dtype), right.to(dtype)
+            for rows in range(0, len(p), 256):
+                p[rows : rows + 256] -= scaled[:, rows : rows + 256].T @ right
+
+
+def bf16_products(problem: Problem) -> Tensor:
+    """The same with both products in bf16."""
+    return whole_matrices(problem, BF16)
+
+
+def bf16_mode(problem: Problem) -> Tensor:
+    """The same in fp32 while oneDNN may multiply in bf16 inside."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        return whole_matrices(problem)
+    finally:
+        settings.fp32_precision = before
+
+
+def row_blocks(problem: Problem) -> Tensor:
+    """The operators' CPU path: blocks of rows that stay in the cache, fp32."""
+    count = len(problem.weights)
+    lists = (problem.p, problem.g, problem.m, problem.v, problem.left, problem.right)
+    c, _ = ops.adamw_propose_(*lists, count, ADAMW)
+    ops.low_rank_apply_(problem.p, problem.left, problem.right, problem.weights)
+    return c
+
+
+def batched(problem: Problem) -> Tensor:
+    """All steps kept in one buffer, and one batched product for all matrices."""
+    steps = torch.stack(problem.p)
+    fused(problem)
+    torch.sub(torch.stack(problem.p), steps, out=steps)
+    left = torch.stack([x.flatten(0, 1) for x in problem.left])
+    right = torch.stack([x.flatten(0, 1) for x in problem.right])
+    image = torch.bmm(left, steps)
+    count = len(problem.weights)
+    parts: Tensor = image.mul_(right).unflatten(1, (count, -1))
+    c = parts.sum((0, 2, 3), dtype=torch.float64)
+    _subtract(problem, torch.float32)
+    return c
+
+
+def _elementwise(p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> Tensor:
+    m.mul_(ADAMW.beta1).add_(g, alpha=1 - ADAMW.beta1)
+    v.mul_(ADAMW.beta2).addcmul_(g, g, value=1 - ADAMW.beta2)
+    step = -ADAMW.step_size * m / (v.sqrt() / ADAMW.root_correction + ADAMW.eps)
+    moved = p + step
+    stored: Tensor = (moved - p).to(BF16)
+    p.copy_(moved)
+    return stored
+
+
+def _minus(p: Tensor, product: Tensor) -> None:
+    p.sub_(product)
+
+
+_compiled_step = torch.compile(_elementwise, dynamic=False)
+_compiled_minus = torch.compile(_minus, dynamic=False)
+
+
+def compiled(problem: Problem, rows: int = 512) -> Tensor:
+    """One compiled loop per block of rows that hands over the step in bf16; bf16 products."""
+    scale = problem.weights.float().repeat_interleave(problem.left[0].shape[1])[:, None]
+    total = torch.zeros(len(problem.weights), dtype=torch.float64)
+    factors = problem.flat(BF16)
+    for i, (left, right) in enumerate(factors):
+        lists = (problem.p[i], problem.g[i], problem.m[i], problem.v[i])
+        for start in range(0, len(lists[0]), rows):
+            at = slice(start, start + rows)
+            image = left[:, at] @ _compiled_step(*(t[at] for t in lists))
+            total += (image * right).view(len(total), -1).sum(1, dtype=torch.float64)
+    for p, (left, right) in zip(problem.p, factors, strict=True):
+        scaled = (left * scale).to(BF16)
+        for start in range(0, len(p), rows):
+            at = slice(start, start + rows)
+            _compiled_minus(p[at], scaled[:, at].T @ right)
+    return total
+
+
+VARIANTS: dict[str, Callable[[Problem], Tensor | None]] = {
+    "fused AdamW, no guard": fused,
+    "whole matrices, fp32": whole_matrices,
+    "blocks of rows, fp32": row_blocks,
+    "one batched product, fp32": batched,
+    "whole matrices, oneDNN's bf16 mode": bf16_mode,
+    "whole matrices, bf16 products": bf16_products,
+    "compiled blocks, bf16 products": compiled,
+}
+
+
+def error_of(variant: Callable[[Problem], Tensor | None], problem: Problem) -> float:
+    """Error of the coefficients, against the step that was stored; one step is taken."""
+    before = [p.double() for p in problem.p]
+    keep, problem.weights = problem.weights, torch.zeros_like(problem.weights)
+    c = variant(problem)
+    problem.weights = keep
+    assert c is not None
+    truth, scale = torch.zeros_like(c), 0.0
+    for i, p in enumerate(problem.p):
+        left, right = problem.left[i].double(), problem.right[i].double()
+        step = p.double() - before[i]
+        truth += ((left @ step) * right).sum((1, 2))
+        scale += float((step.norm() * left.norm() * right.norm()) ** 2)
+    return float((c - truth).norm() / scale**0.5)
+
+
+def measure(problem: Problem, repeats: int) -> dict[str, Any]:
+    """Seconds of every way in every turn; the order turns round, the first turns warm up."""
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for turn in range(repeats + 2):
+        for name in list(VARIANTS) if turn % 2 else list(reversed(VARIANTS)):
+            start = time.perf_counter()
+            VARIANTS[name](problem)
+            if turn > 1:
+                times[name].append(time.perf_counter() - start)
+    base = times["fused AdamW, no guard"]
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(values, base, strict=True))
+        for name, values in times.items()
+    }
+    errors = {name: error_of(way, problem) for name, way in VARIANTS.items() if way is not fused}
+    return {"seconds": times, "over_fused": ratios, "coefficient_error": errors}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the command line, measure, write the result file."""
+    parser = argparse.ArgumentParser(description="Time ways to take a guarded step on a CPU.")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = measure(Problem.random(args.layers, args.width, 8, 8), args.repeats)
+    command = f"python -m benchmarks.kernels.cpu_variants {' '.join(argv)}"
+    write_json(args.output, {"command": command, "environment": environment(), **found})
+    for name, ratio in found["over_fused"].items():
+        print(f"{name:40s} {ratio:6.2f}  {found['coefficient_error'].get(name, 0.0):.1e}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
