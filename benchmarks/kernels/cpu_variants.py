@@ -5,8 +5,11 @@
 Square fp32 matrices with N q = 64 factor rows each. Every way updates the moments, works out
 c = G s and subtracts G^T a; what differs is where the step waits and in which precision the two
 products are taken. Seconds are those of the processor, summed over threads, which a busy machine
-disturbs less than those of the clock. The coefficients' error is that against float64, relative to ||s|| times the
-factors' norms.
+disturbs less than those of the clock. The coefficients' error is that against float64, relative
+to ||s|| times the factors' norms.
+
+AdamW's coefficients follow from no recurrence: s is not linear in the moments, so that c of the
+next step cannot be had from those of m and g.
 """
 
 from __future__ import annotations
