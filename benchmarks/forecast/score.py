@@ -116,8 +116,13 @@ def _lost(made: Forecast) -> float:
     return float(made.lost[-1]) + 1e-6 * _loss(made)
 
 
+def _with_upper_end(made: Forecast) -> float:
+    return float(made.lost[-1]) + 1e-6 * float(made.high[-1])
+
+
 PREDICTORS: Mapping[str, Callable[[Row], float]] = {
     "**forecast**: anchors lost, mean of three pilots": by_forecast,
+    "anchors lost, ties by the interval's upper end": lambda row: _with_upper_end(forecast_of(row)),
     "anchors lost, power 0.3 alone": _by(_lost, 0.3),
     "anchors lost, power 0.5 alone": _by(_lost, 0.5),
     "anchors lost, power 0.7 alone": _by(_lost, 0.7),
@@ -127,4 +132,5 @@ PREDICTORS: Mapping[str, Callable[[Row], float]] = {
     "... x gradient norm": lambda row: float(row["cheap"]["gradient_norm"]),
     "... x cosine with the anchors": lambda row: float(row["cheap"]["gradient_cosine"]),
     "loss after 10 steps": lambda row: float(row["cheap"]["short_pilot"]),
+    "(the run itself: anchors it lost)": lambda row: float(row["actual"]["anchors_lost"]),
 }

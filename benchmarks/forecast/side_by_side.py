@@ -23,6 +23,7 @@ import torch
 from benchmarks.collapse.world import World
 from benchmarks.forecast.run import ANCHORS, RESULTS, SEEDS, refusals
 from benchmarks.forecast.score import BREAKS, by_forecast, roc_area, score, spearman
+from safeopt.environment import environment
 from safeopt.files import read_jsonl, write_json
 
 COMPARED = Path(__file__).parent / "results" / "side_by_side.json"
@@ -66,7 +67,8 @@ def compare(folder: Path) -> None:
             | {"alignment_risk_loss": run["loss"], "alignment_risk_collapses": run["collapses"]}
         )
     versions = theirs["versions"]
-    write_json(COMPARED, {"versions": versions, "scores": _scores(found), "runs": found})
+    facts = {"alignment_risk": versions, **environment()}
+    write_json(COMPARED, facts | {"scores": _scores(found), "runs": found})
     print(json.dumps(_scores(found), indent=1))
 
 
