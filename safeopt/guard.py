@@ -34,7 +34,7 @@ from safeopt.geometry.moves import (
     retraction_weights,
 )
 from safeopt.layouts import refuse_flattened
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 from safeopt.sampling import AnchorSampler
 from safeopt.schedule import RefreshSchedule
 

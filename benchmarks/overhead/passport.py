@@ -38,7 +38,7 @@ from safeopt.geometry.capture import logits_of
 from safeopt.geometry.coverage import find_coverage
 from safeopt.losses import reply_nll
 from safeopt.passport import Passport
-from safeopt.passport_report import Kind, kinds
+from safeopt.passport.report import Kind, kinds
 
 CPU = torch.device("cpu")
 STORED = 2  # bytes of an fp16 number in the file

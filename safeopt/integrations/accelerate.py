@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 
 from safeopt.guard import Guard
 from safeopt.layouts import FSDP1, ZERO
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 
 
 def register(accelerator: Accelerator, guard: Guard | PassportGuard) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from safeopt.guard import Guard
 from safeopt.layouts import FSDP1, ZERO
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 
 
 class GuardCallback(Callback):

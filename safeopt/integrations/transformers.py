@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from safeopt.guard import Guard
 from safeopt.integrations.accelerate import refuse_unsupported
 from safeopt.optim import SafeAdamW
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 
 GUARD_FILE = "guard.pt"
 

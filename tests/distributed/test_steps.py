@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import safeopt
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 from tests.distributed.jobs import (
     GUARD,
     Report,

@@ -15,7 +15,7 @@ from safeopt.geometry.gradient_sketch import GradientSketch
 from safeopt.geometry.kronecker_subspace import sharpest
 from safeopt.geometry.subspace import Subspace
 from safeopt.losses import reply_nll
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 from tests import zoo
 
 BASES = {name: zoo.ARCHITECTURES[name] for name in ("llama", "tied-llama", "gpt2")}

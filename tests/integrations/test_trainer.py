@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import Dataset
 import safeopt
 from safeopt.geometry.input_subspace import InputSubspace
 from safeopt.integrations.transformers import GuardCallback, SafeAdamWFactory, decay_groups
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 from tests.distributed.ranks import run_ranks
 from tests.integrations import hosts, loops
 from tests.zoo import gpt2, llama, lora_llama, random_anchors

@@ -15,7 +15,7 @@ from benchmarks.collapse.suite import Batch
 from safeopt import Anchors, SafeAdamW
 from safeopt.geometry.input_subspace import InputSubspace
 from safeopt.passport import Passport
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 
 
 class Passported(Training):

@@ -31,7 +31,7 @@ from safeopt.geometry.blocks import LowRankBlock
 from safeopt.geometry.coverage import find_coverage
 from safeopt.geometry.input_subspace import InputSubspace
 from safeopt.losses import reply_nll
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 
 Rule = Literal["threshold", "sharpness", "coupled", "met"]
 _AT_ONCE = 32

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from safeopt.geometry.kronecker_subspace import KroneckerSubspace
-from safeopt.passport import Passport
+from safeopt.passport.file import Passport
 
 if TYPE_CHECKING:
     from rich.console import Console

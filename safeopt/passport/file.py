@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from safeopt.anchors import Anchors, check_fits
 from safeopt.environment import environment
-from safeopt.fingerprints import (
+from safeopt.geometry.certificate import certify_held_out
+from safeopt.geometry.coverage import find_coverage, unwrapped
+from safeopt.geometry.input_subspace import InputSubspace
+from safeopt.geometry.kronecker_subspace import KroneckerSubspace
+from safeopt.passport.fingerprints import (
     anchors_digest,
     tensors_digest,
     tokenizer_digests,
     weight_digests,
 )
-from safeopt.geometry.certificate import certify_held_out
-from safeopt.geometry.coverage import find_coverage, unwrapped
-from safeopt.geometry.input_subspace import InputSubspace
-from safeopt.geometry.kronecker_subspace import KroneckerSubspace
 
 SCHEMA = 1
 FORMAT = "safeopt-passport"

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import safeopt
-from safeopt import cli, passport_report
-from safeopt.passport import Passport
+from safeopt import cli
+from safeopt.passport import Passport, report
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_shows_it_and_draws_its_spectrum(
 def test_kinds_hold_the_energy_of_the_bases(folder: Path) -> None:
     cli.main(command(folder, "--energy", "0.7"))
     passport = Passport.load(folder / "m.passport.safetensors")
-    found = passport_report.kinds(passport)
+    found = report.kinds(passport)
     assert sum(len(kind.ranks) for kind in found) == len(passport.subspace.bases)
     for kind in found:
         assert all(0.7 <= held <= 1 + 1e-6 for held in kind.held)
@@ -159,7 +159,7 @@ def test_the_picture_has_a_line_for_every_basis(
     passport = Passport.load(folder / "m.passport.safetensors")
     figures: list[Any] = []
     monkeypatch.setattr(plt, "close", figures.append)
-    passport_report.draw(passport, folder / "s.svg")
+    report.draw(passport, folder / "s.svg")
     lines = [line for line in figures[0].axes[0].lines if len(line.get_xdata()) > 1]
     assert len(lines) == len(passport.subspace.bases)
     drawn = torch.tensor(lines[0].get_ydata())

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safeopt.diagnose_cli import add_diagnose
-from safeopt.passport_cli import add_inspect, add_measure
+from safeopt.cli.diagnose import add_diagnose
+from safeopt.cli.passport import add_inspect, add_measure
 
 if TYPE_CHECKING:
     from safeopt.evaluation import SuiteResult
@@ -69,7 +69,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         type=Path,
-        default=Path(__file__).parent / "demo/adapter",
+        default=Path(__file__).parents[1] / "demo/adapter",
         help="PEFT adapter that makes SmolLM2-135M-Instruct refuse (default: the one shipped)",
     )
     parser.add_argument("--steps", type=int, help="fine-tuning steps (default: the demo's own)")

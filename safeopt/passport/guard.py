@@ -15,7 +15,7 @@ from safeopt.geometry.adapters import bind, clear_adapters
 from safeopt.geometry.blocks import squared_norm
 from safeopt.geometry.coverage import Uncovered, device_of, freeze, prepare, unwrapped
 from safeopt.geometry.subspace import Pieces, removed_by
-from safeopt.passport import Passport, PassportError
+from safeopt.passport.file import Passport, PassportError
 
 _SHOWN = 3  # differences named in full
 

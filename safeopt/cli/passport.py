@@ -99,11 +99,11 @@ def inspect(arguments: argparse.Namespace) -> None:
     else:
         from rich.console import Console
 
-        from safeopt.passport_report import show
+        from safeopt.passport.report import show
 
         show(passport, arguments.file, Console())
     if arguments.plot is not None:
-        from safeopt.passport_report import draw
+        from safeopt.passport.report import draw
 
         draw(passport, arguments.plot)
 

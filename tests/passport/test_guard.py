@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import safeopt
 from safeopt.geometry.capture import logits_of
 from safeopt.geometry.input_subspace import InputSubspace
-from safeopt.passport_guard import PassportGuard
+from safeopt.passport.guard import PassportGuard
 from tests import zoo
 
 BASES = {name: zoo.ARCHITECTURES[name] for name in ("llama", "tied-llama", "gpt2")}
