@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,7 @@ def loss(model: Any, batch: Any) -> Any:
 
 def forecast(place: Path) -> list[dict[str, Any]]:
     """Their forecast of every planned run on one model."""
-    import alignment_risk  # type: ignore[import-not-found, unused-ignore]
-
+    alignment_risk: Any = import_module("alignment_risk")  # is not ours to require
     model = AutoModelForCausalLM.from_pretrained(place / "model", attn_implementation="eager")
     given = torch.load(place / "given.pt")
     anchors, runs = given["anchors"], []
