@@ -44,6 +44,19 @@ def undisturbed(model: nn.Module, *, reentrant: bool = False) -> Iterator[None]:
         reshard(model)
 
 
+@contextmanager
+def own_gradients(model: nn.Module) -> Iterator[None]:
+    """Leave ``p.grad`` of what trains empty inside and as it was outside, also on errors."""
+    held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    try:
+        for p, _ in held:
+            p.grad = None
+        yield
+    finally:
+        for p, gradient in held:
+            p.grad = gradient
+
+
 def _uncompiled() -> Any:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it is slow
         return nullcontext()

@@ -28,7 +28,7 @@ from safeopt.curvature.vectors import (
     trainable_parameters,
 )
 from safeopt.geometry.coverage import unwrapped
-from safeopt.isolation import undisturbed
+from safeopt.isolation import own_gradients, undisturbed
 
 Check = Literal["always", "first", "never"]
 Inner = Callable[[Tensor, Tensor], Tensor]  # outputs z and their change J v to B J v
@@ -54,23 +54,13 @@ class Derivatives(Protocol):
         """J^T B(z, J v) for outputs z with Jacobian J."""
 
 
-@contextmanager
-def _own_gradients(model: nn.Module) -> Iterator[None]:
-    """Leave ``p.grad`` empty inside and as it was outside, also on errors."""
-    held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    for p, _ in held:
-        if getattr(p, "_post_accumulate_grad_hooks", None):
+def _refuse_stepping_hooks(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.requires_grad and getattr(p, "_post_accumulate_grad_hooks", None):
             raise ValueError(
                 "a parameter has a post-accumulate-grad hook, as optimizers that step inside "
                 "backward register: curvature would make it step; remove the hook first"
             )
-    try:
-        for p, _ in held:
-            p.grad = None
-        yield
-    finally:
-        for p, gradient in held:
-            p.grad = gradient
 
 
 @contextmanager
@@ -100,7 +90,8 @@ def pullback(
         weights: u; None for the gradient of a scalar.
         eval_mode: False keeps train and eval modes as they are.
     """
-    with _own_gradients(model):
+    _refuse_stepping_hooks(model)
+    with own_gradients(model):
         with _evaluating(model, eval_mode), torch.enable_grad():
             outputs(model).backward(weights)
         return {

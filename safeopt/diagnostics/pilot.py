@@ -14,7 +14,7 @@ from safeopt.anchors import IGNORED, Anchors
 from safeopt.curvature.vectors import restored, trainable_parameters
 from safeopt.geometry.capture import check_finite, logits_of
 from safeopt.geometry.coverage import device_of, unwrapped
-from safeopt.isolation import undisturbed
+from safeopt.isolation import own_gradients, undisturbed
 from safeopt.losses import reply_nll
 
 Batch = Mapping[str, Tensor]
@@ -245,13 +245,6 @@ def _train_step(
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
     """Train mode and empty gradients in the body; modes, gradients and RNG state come back."""
-    held = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    try:
-        with undisturbed(model, reentrant=True):
-            model.train()
-            for p, _ in held:
-                p.grad = None
-            yield
-    finally:
-        for p, gradient in held:
-            p.grad = gradient
+    with own_gradients(model), undisturbed(model, reentrant=True):
+        model.train()
+        yield
