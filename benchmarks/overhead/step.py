@@ -69,9 +69,9 @@ GROWTH = (
 )
 PARTS = {"sizes": SIZES, "large": LARGE, "growth": GROWTH}
 EMPTY = {
-    "10 M parameters, fused": (10, 1024, 31, {"fused": True}),
-    "10 M parameters, for-loop": (10, 1024, 31, {"foreach": False}),
-    "10 M parameters, foreach": (10, 1024, 31, {"foreach": True}),
+    "10 M parameters, fused": (10, 1024, 121, {"fused": True}),
+    "10 M parameters, for-loop": (10, 1024, 121, {"foreach": False}),
+    "10 M parameters, foreach": (10, 1024, 121, {"foreach": True}),
     "1 M parameters in 256 tensors, default": (256, 64, 301, {}),
 }
 
