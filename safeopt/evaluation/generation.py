@@ -66,14 +66,33 @@ def greedy_replies(
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     replies = [""] * len(prompts)
-    with evaluating(model):
-        model = model if decoding.dtype is None else cast_copy(model, decoding.dtype)
+    with evaluating(model), _decoder(model, decoding.dtype) as model:
         for start in range(0, len(order), decoding.batch_size):
             batch = order[start : start + decoding.batch_size]
             texts = _decode(model, tokenizer, [encoded[i] for i in batch], decoding.max_new_tokens)
             for index, text in zip(batch, texts, strict=True):
                 replies[index] = text
     return replies
+
+
+@contextmanager
+def _decoder(model: Any, dtype: str | None) -> Iterator[Any]:
+    """What decodes: ``model``, or a copy in ``dtype``.
+
+    The last hidden state that ``generate`` takes is a strided slice. With a frozen matrix
+    `torch.nn.functional.linear` makes a batched product of it, for which a CPU copies the
+    vocabulary's matrix once a prompt; so the slice is made contiguous before.
+    """
+    model = model if dtype is None else cast_copy(model, dtype)
+    head = model.get_output_embeddings()
+    if head is None:
+        yield model
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield model
+    finally:
+        hook.remove()
 
 
 def cast_copy(model: nn.Module, dtype: str) -> nn.Module:

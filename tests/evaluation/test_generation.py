@@ -78,3 +78,16 @@ def test_bad_settings_name_the_remedy(tokenizer: Any, make_model: Callable) -> N
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="chat template"):
         greedy_replies(make_model(), bare, PROMPTS)
+
+
+def test_no_reply_copies_the_vocabulary_matrix(tokenizer: Any, make_model: Callable) -> None:
+    """A batched product with the head's matrix would copy it once a prompt."""
+    model = make_model(eos_token_id=None)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        greedy_replies(model, tokenizer, PROMPTS, Decoding(4, dtype="bfloat16"))
+    vocabulary = model.get_output_embeddings().out_features
+    shapes = [shape for event in profile.events() for shape in event.input_shapes or []]
+    with_vocabulary = [shape for shape in shapes if vocabulary in shape]
+    assert with_vocabulary
+    assert not [shape for shape in with_vocabulary if len(shape) == 3 and min(shape) > 1]
+    assert not model.get_output_embeddings()._forward_pre_hooks
