@@ -36,13 +36,13 @@ from safeopt.environment import environment
 from safeopt.files import write_json, write_jsonl
 from safeopt.geometry.capture import logits_of
 from safeopt.geometry.coverage import find_coverage
+from safeopt.geometry.inputs import LARGEST_RANK
 from safeopt.losses import reply_nll
 from safeopt.passport import Passport
 from safeopt.passport.report import Kind, kinds
 
 CPU = torch.device("cpu")
 STORED = 2  # bytes of an fp16 number in the file
-CAP = 512  # a rank that keeps Llama-3.1-8B's file small whatever its spectrum
 PARAMETERS_8B = 8_030_261_248
 
 
@@ -89,8 +89,10 @@ def measure_command(anchors: int, seed: int) -> dict[str, Any]:
         "ranks": {k.name: {"width": max(k.widths), "ranks": list(k.ranks)} for k in found},
         "llama_3_1_8b_from_shapes": {
             "same ranks as SmolLM2-135M": _at_8b(_means(found)),
-            f"--rank {CAP}, reached by every basis": _at_8b(dict.fromkeys(_means(found), CAP)),
-            "same share of the width as SmolLM2-135M": _at_8b(
+            f"every basis at the limit of {LARGEST_RANK}": _at_8b(
+                dict.fromkeys(_means(found), LARGEST_RANK)
+            ),
+            "same share of the width as SmolLM2-135M, without the limit": _at_8b(
                 {
                     k.name: statistics.fmean(k.ranks) / max(k.widths) * _width_8b(k.name)
                     for k in found

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from safeopt.geometry.inputs import LARGEST_RANK
+
+if TYPE_CHECKING:
+    from safeopt.passport import Passport
 
 
 def add_measure(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +33,12 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--energy", type=float, default=0.95, help="share of the energy to hold (default: 0.95)"
     )
-    parser.add_argument("--rank", type=int, help="most directions per basis (default: no limit)")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        default=LARGEST_RANK,
+        help=f"most directions per basis (default: {LARGEST_RANK})",
+    )
     parser.add_argument(
         "--positions",
         choices=("all", "content", "reply"),
@@ -85,6 +95,20 @@ def measure(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {size / 2**20:.1f} MiB, {100 * size / weights:.1f} % of the fp32 "
         f"weights, from {len(anchors)} anchors; `safeopt inspect passport` shows it"
     )
+    _say_what_the_limit_cut(passport, arguments)
+
+
+def _say_what_the_limit_cut(passport: Passport, arguments: argparse.Namespace) -> None:
+    """Name the bases that hold less than ``--energy`` because of ``--rank``."""
+    from safeopt.passport.report import kinds
+
+    shares = [share for kind in kinds(passport) for share in kind.held]
+    short = [share for share in shares if share < arguments.energy - 1e-4]
+    if short:
+        print(
+            f"{len(short)} of {len(shares)} bases reached --rank {arguments.rank} and hold "
+            f"{100 * min(short):.1f} % of the energy or more; a larger --rank holds more"
+        )
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -121,9 +145,9 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--anchors {arguments.anchors}: no such file; pass JSONL rows such as "
             '{"prompt": ..., "reply": ..., "kind": "refuse"}'
         )
-    limits: dict[str, Any] = {"rank": arguments.rank, "batch-size": arguments.batch_size}
+    limits = {"rank": arguments.rank, "batch-size": arguments.batch_size}
     for option, value in limits.items():
-        if value is not None and value < 1:
+        if value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from safeopt.anchors import AnchorBatch, Anchors
 from safeopt.geometry.coverage import Site, find_coverage
 from safeopt.geometry.inputs import (
+    LARGEST_RANK,
     InputBasis,
     Positions,
     captured,
@@ -59,7 +60,7 @@ class InputSubspace:
         *,
         indices: Sequence[int] | None = None,
         energy: float = 0.95,
-        rank: int | None = None,
+        rank: int | None = LARGEST_RANK,
         positions: Positions = "all",
         normalise: bool = True,
         hold_rows: bool = True,
@@ -73,7 +74,7 @@ class InputSubspace:
             anchors: examples whose behaviour must stay.
             indices: the anchors to use; all by default.
             energy: share of every matrix's input energy that its basis holds, in (0, 1].
-            rank: most directions per basis.
+            rank: most directions per basis; None sets no limit.
             positions: tokens that count, see `safeopt.geometry.inputs.token_weights`.
             normalise: give every token unit length before energies are counted.
             hold_rows: hold the embedding rows of the anchors' tokens.

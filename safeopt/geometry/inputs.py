@@ -139,6 +139,11 @@ def unit_tokens(tensor: Tensor, weights: Tensor, normalise: bool) -> Tensor:
     return tokens * weights[chosen].to(tokens).sqrt()[:, None]
 
 
+LARGEST_RANK = 512
+"""Directions per basis at most, unless asked otherwise: with all bases at it, a passport of
+Llama-3.1-8B is 2.7 % of the fp32 weights, whatever the spectrum."""
+
+
 @dataclass(frozen=True)
 class InputBasis:
     """Principal directions of a second moment.

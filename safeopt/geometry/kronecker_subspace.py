@@ -14,7 +14,7 @@ from safeopt.geometry.capture import CapturedCall, capture
 from safeopt.geometry.coverage import Site, device_of, find_coverage
 from safeopt.geometry.gradient_sketch import GradientSketch
 from safeopt.geometry.input_subspace import DIMS, InputSubspace, grouped, tensors_of
-from safeopt.geometry.inputs import InputBasis, count_for
+from safeopt.geometry.inputs import LARGEST_RANK, InputBasis, count_for
 from safeopt.geometry.subspace import GridPiece, Piece, remove_pieces_, removed_by
 from safeopt.losses import reply_nll
 
@@ -54,7 +54,7 @@ class KroneckerSubspace:
         *,
         indices: Sequence[int] | None = None,
         energy: float = 0.95,
-        rank: int | None = None,
+        rank: int | None = LARGEST_RANK,
         grid: float = 0.95,
         batch_size: int = 8,
         **settings: Any,
@@ -66,7 +66,7 @@ class KroneckerSubspace:
             anchors: examples whose behaviour must stay.
             indices: the anchors to use; all by default.
             energy: share that each side's basis holds, in (0, 1].
-            rank: most directions per basis.
+            rank: most directions per basis; None sets no limit.
             grid: share of sum b_i a_j over the two bases that the mask holds, in (0, 1].
             batch_size: anchors per pass.
             settings: further keywords of `InputSubspace.measure`.

@@ -164,3 +164,15 @@ def test_the_picture_has_a_line_for_every_basis(
     assert len(lines) == len(passport.subspace.bases)
     drawn = torch.tensor(lines[0].get_ydata())
     assert any(torch.equal(drawn, e) for e in passport.subspace.energies.values())
+
+
+def test_says_where_the_limit_of_directions_cuts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(command(folder, "--rank", "2"))
+    found = report.kinds(Passport.load(folder / "m.passport.safetensors"))
+    shares = [share for kind in found for share in kind.held]
+    short = [share for share in shares if share < 0.95]
+    assert f"{len(short)} of {len(shares)} bases reached --rank 2" in capsys.readouterr().out
+    cli.main(command(folder))
+    assert "reached --rank" not in capsys.readouterr().out
