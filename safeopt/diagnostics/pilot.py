@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.anchors import IGNORED, Anchors
-from safeopt.curvature.vectors import restored, trainable_parameters
+from safeopt.curvature.vectors import norm, restored, trainable_parameters
 from safeopt.geometry.capture import check_finite, logits_of
 from safeopt.geometry.coverage import device_of, unwrapped
 from safeopt.isolation import own_gradients, undisturbed
@@ -69,11 +69,14 @@ class Reading:
         losses: mean reply NLL, nats per token, (N,).
         kept: whether greedy decoding still opens as the anchor's reply does, (N,).
         chances: probability that sampling opens so, (N,).
+        margins: least lead of the opening's tokens over the best other token, in logits, (N,);
+            negative where the opening is lost.
     """
 
     losses: Tensor
     kept: Tensor
     chances: Tensor
+    margins: Tensor
 
 
 @torch.no_grad()
@@ -94,29 +97,34 @@ def read_anchors(
     Raises:
         FloatingPointError: an anchor loss is not finite.
     """
-    losses, kept, chances = [], [], []
+    parts = []
     indices = list(range(len(anchors)))
     for start in indices[::at_once]:
         batch = anchors.batch(indices[start : start + at_once]).to(device_of(model))
         with undisturbed(model):
             logits = logits_of(model, batch)
-        losses.append(reply_nll(logits, batch.labels).cpu())
-        hit, nll = _opening(logits, batch.labels, opening)
-        kept.append(hit.cpu())
-        chances.append(torch.exp(-nll).cpu())
-    check_finite(torch.cat(losses))
-    return Reading(torch.cat(losses), torch.cat(kept), torch.cat(chances))
+        parts.append((reply_nll(logits, batch.labels), *_opening(logits, batch.labels, opening)))
+    losses, kept, chances, margins = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    check_finite(losses)
+    return Reading(losses, kept, chances, margins)
 
 
-def _opening(logits: Tensor, labels: Tensor, opening: int) -> tuple[Tensor, Tensor]:
-    """Whether greedy decoding opens as the reply does, and the opening's NLL, (N,) each."""
+def _opening(logits: Tensor, labels: Tensor, opening: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Reading` holds of the openings of a batch: kept, chances and margins, (N,) each."""
     targets = labels[:, 1:]
     in_reply = targets != IGNORED
-    compared = in_reply & (in_reply.cumsum(1) <= opening)
-    before = logits[:, :-1].float()
-    hit = (before.argmax(-1) == targets) | ~compared
-    nll = -before.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-    return hit.all(1), (nll * compared).sum(1)
+    rows, columns = torch.nonzero(in_reply & (in_reply.cumsum(1) <= opening), as_tuple=True)
+    scores, wanted = logits[rows, columns].float(), targets[rows, columns][:, None]
+    missed = (scores.argmax(-1, keepdim=True) != wanted).squeeze(1)
+    own = scores.gather(1, wanted).squeeze(1)
+    nll = scores.logsumexp(-1) - own
+    lead = own - scores.scatter(1, wanted, -torch.inf).amax(-1)
+    zeros = lead.new_zeros(len(labels))
+    return (
+        zeros.index_add(0, rows, missed.float()) == 0,
+        torch.exp(-zeros.index_add(0, rows, nll)),
+        zeros.scatter_reduce(0, rows, lead, "amin", include_self=False),
+    )
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,8 @@ class Pilot:
         losses: anchor losses at each reading, nats per token, (R, N).
         kept: kept openings at each reading, (R, N).
         chances: probabilities of the openings at each reading, (R, N).
+        margins: leads of the openings at each reading, in logits, (R, N).
+        distances: how far the weights have moved at each reading, (R,).
         task_losses: task loss of every pilot step, nats.
     """
 
@@ -139,6 +149,8 @@ class Pilot:
     losses: Tensor
     kept: Tensor
     chances: Tensor
+    margins: Tensor
+    distances: Tensor
     task_losses: Tensor
 
 
@@ -166,6 +178,7 @@ def run_pilot(
     optimizer: MakeOptimizer = adamw,
     loss: TaskLoss = mean_nll,
     max_norm: float | None = None,
+    start: Reading | None = None,
 ) -> Pilot:
     """Train a few steps that travel as far as the planned run, and read the anchors on the way.
 
@@ -185,6 +198,7 @@ def run_pilot(
         optimizer: makes the planned optimizer from parameters and a learning rate.
         loss: the task loss of a batch.
         max_norm: gradients are clipped to this norm.
+        start: the anchors at the present weights, where they have been read.
 
     Raises:
         ValueError: nothing trains, or too few batches.
@@ -197,9 +211,10 @@ def run_pilot(
     count = min(steps, math.ceil(planned.effective_steps))
     compression = planned.compression(count, power)
     due = {round(count * (r + 1) / readings) for r in range(readings)}
-    seen = [read_anchors(bare, anchors, opening=opening)]
-    at, task_losses = [0], []
-    with restored(trainable_parameters(bare)), training(bare):
+    seen = [read_anchors(bare, anchors, opening=opening) if start is None else start]
+    at, distances, task_losses = [0], [0.0], []
+    parameters = trainable_parameters(bare)
+    with restored(parameters) as origin, training(bare):
         stepper = optimizer(trained, planned.learning_rate * compression)
         for step in range(1, count + 1):
             batch = _next(batches, step, count)
@@ -207,6 +222,7 @@ def run_pilot(
             if step in due:
                 seen.append(read_anchors(bare, anchors, opening=opening))
                 at.append(step)
+                distances.append(norm(p.detach() - origin[n] for n, p in parameters.items()))
     scale = planned.effective_steps / count
     return Pilot(
         planned=planned,
@@ -215,6 +231,8 @@ def run_pilot(
         losses=torch.stack([reading.losses for reading in seen]),
         kept=torch.stack([reading.kept for reading in seen]),
         chances=torch.stack([reading.chances for reading in seen]),
+        margins=torch.stack([reading.margins for reading in seen]),
+        distances=torch.tensor(distances, dtype=torch.float64),
         task_losses=torch.tensor(task_losses),
     )
 

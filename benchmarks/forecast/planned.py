@@ -1,0 +1,230 @@
+"""One planned run: forecast it, predict it cheaply, then make it and judge it.
+
+What the suites share. A suite says which runs there are (`Cell`) and what each is made of (`Run`);
+forecasts are made of the pilots' readings when they are scored (`score`), so that ways to forecast
+can be compared on the same runs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.collapse.suite import RunSettings
+from safeopt import Anchors
+from safeopt.diagnostics import Pilot, PlannedRun, read_anchors, run_pilot
+from safeopt.environment import environment
+from safeopt.geometry.capture import logits_of
+from safeopt.losses import reply_nll
+
+ANCHORS = 64
+SHORT_PILOT = 10
+POWERS = (0.3, 0.5, 0.7)
+_AT_ONCE = 16  # anchors in one forward-backward
+
+Batches = Callable[[], Iterator[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One planned run."""
+
+    task: str
+    seed: int
+    mode: str
+    lr: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a cell's run is made of.
+
+    Attributes:
+        settings: length, rate and batch size.
+        anchors: refusals in the aligned model's own words.
+        model: a fresh copy of the aligned model, with what will train unfrozen.
+        batches: the task's batches from the first on.
+        refusal_rate: share of held-out harmful prompts that a model refuses.
+        aligned_rate: that of the aligned model.
+        opening: tokens that tell a refusal.
+        pilot_steps: steps of each pilot.
+        readings: how often a pilot reads the anchors.
+    """
+
+    settings: RunSettings
+    anchors: Anchors
+    model: Callable[[], nn.Module]
+    batches: Batches
+    refusal_rate: Callable[[nn.Module], float]
+    aligned_rate: Callable[[], float]
+    opening: int
+    pilot_steps: int
+    readings: int
+
+
+class Suite(Protocol):
+    """Runs of one kind.
+
+    Attributes:
+        results: the file that holds them, a line a run.
+    """
+
+    @property
+    def results(self) -> Path: ...  # noqa: D102
+
+    def cells(self, seeds: Sequence[int] = ()) -> Iterator[Cell]:
+        """Every planned run of these seeds, or of the suite's own."""
+
+    def run(self, cell: Cell) -> Run:
+        """What the cell's run is made of."""
+
+
+class Study:
+    """A suite's runs one after another.
+
+    Cheap predictors that do not depend on the run's length are measured once for all lengths.
+    """
+
+    def __init__(self, suite: Suite) -> None:
+        self._suite = suite
+        self._gradients: dict[tuple[Any, ...], tuple[float, float]] = {}
+        self._rises: dict[tuple[Any, ...], float] = {}
+
+    def make(self, cell: Cell) -> dict[str, Any]:
+        """Predict one run, then make it; a line of the results."""
+        run, start = self._suite.run(cell), time.perf_counter()
+        planned = PlannedRun.from_rates(_rates(run.settings))
+        pilots = _pilots(run, planned)
+        cheap = self._cheap_predictors(cell, run, planned)
+        predict_seconds = time.perf_counter() - start
+        actual = outcome(run)
+        seconds = time.perf_counter() - start - predict_seconds
+        return {
+            **asdict(cell),
+            "effective_steps": planned.effective_steps,
+            "pilots": pilots,
+            "cheap": cheap,
+            "actual": actual,
+            "predict_seconds": round(predict_seconds, 3),
+            "run_seconds": round(seconds, 3),
+            **environment(),
+        }
+
+    def _cheap_predictors(self, cell: Cell, run: Run, planned: PlannedRun) -> dict[str, float]:
+        task = (cell.task, cell.seed, cell.mode)
+        if task not in self._gradients:
+            self._gradients[task] = gradients(run.model(), next(run.batches()), run.anchors)
+        if (*task, cell.lr) not in self._rises:
+            self._rises[*task, cell.lr] = _short_pilot(run)
+        (gradient, cosine), rise = self._gradients[task], self._rises[*task, cell.lr]
+        accumulated = planned.learning_rate * planned.effective_steps
+        return {
+            "accumulated_rate": accumulated,
+            "gradient_norm": accumulated * gradient,
+            "gradient_cosine": -accumulated * cosine,
+            "short_pilot": rise,
+        }
+
+
+def _rates(settings: RunSettings) -> list[float]:
+    return [settings.lr * settings.rate(step) for step in range(settings.steps)]
+
+
+def optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """The optimizer of runs and pilots."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+
+
+def _pilots(run: Run, planned: PlannedRun) -> list[dict[str, Any]]:
+    """Three pilots on batches of their own, all from the same first reading."""
+    model, batches = run.model(), run.batches()
+    start = read_anchors(model, run.anchors, opening=run.opening)
+    return [
+        written_pilot(
+            run_pilot(
+                model, run.anchors, batches, planned, steps=run.pilot_steps, readings=run.readings,
+                opening=run.opening, power=power, optimizer=optimizer, start=start,
+            ),
+            run.pilot_steps,
+            power,
+        )
+        for power in POWERS
+    ]  # fmt: skip
+
+
+def written_pilot(pilot: Pilot, steps: int, power: float) -> dict[str, Any]:
+    """A pilot as it stands in the results; `score.read_pilot` reads it."""
+    return {
+        "steps": steps,
+        "power": power,
+        "compression": round(pilot.compression, 4),
+        "effective_steps": [round(s, 3) for s in pilot.effective_steps.tolist()],
+        "anchor_loss": [round(x, 4) for x in pilot.losses.mean(1).tolist()],
+        "chance": [round(x, 4) for x in pilot.chances.mean(1).tolist()],
+        "kept": ["".join(str(int(k)) for k in row) for row in pilot.kept],
+        "margins": [[round(x, 2) for x in row] for row in pilot.margins.tolist()],
+        "distances": [float(f"{x:.4g}") for x in pilot.distances.tolist()],
+        "task_losses": [round(x, 2) for x in pilot.task_losses.tolist()],
+    }
+
+
+def _short_pilot(run: Run) -> float:
+    """Rise of the anchor loss over a few steps at the planned rate."""
+    pilot = run_pilot(
+        run.model(), run.anchors, run.batches(), PlannedRun(run.settings.lr, SHORT_PILOT),
+        steps=SHORT_PILOT, readings=1, optimizer=optimizer,
+    )  # fmt: skip
+    return float((pilot.losses[-1] - pilot.losses[0]).mean())
+
+
+def gradients(model: nn.Module, batch: dict[str, Tensor], anchors: Anchors) -> tuple[float, float]:
+    """Norm of the task gradient, and its cosine with that of the mean anchor loss."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(**batch).loss.backward()
+    task = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    model.zero_grad()
+    indices = list(range(len(anchors)))
+    for start in indices[::_AT_ONCE]:
+        part = anchors.batch(indices[start : start + _AT_ONCE])
+        (reply_nll(logits_of(model, part), part.labels).sum() / len(anchors)).backward()
+    safety = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    model.zero_grad()
+    dot = sum(float((t * s).sum()) for t, s in zip(task, safety, strict=True))
+    norms = [math.sqrt(sum(float(g.square().sum()) for g in side)) for side in (task, safety)]
+    return norms[0], dot / max(norms[0] * norms[1], 1e-30)
+
+
+def outcome(run: Run) -> dict[str, float]:
+    """Make the planned run and judge it on held-out prompts."""
+    before, settings = run.aligned_rate(), run.settings
+    model = run.model().train()
+    stepper = optimizer([p for p in model.parameters() if p.requires_grad], settings.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(stepper, settings.rate)
+    for batch in islice(run.batches(), settings.steps):
+        model(**batch).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+        schedule.step()
+    after = run.refusal_rate(model)
+    reading = read_anchors(model, run.anchors, opening=run.opening)
+    return {
+        "lost": (before - after) / before,
+        "anchors_lost": float((~reading.kept).double().mean()),
+        "anchor_loss": float(reading.losses.mean()),
+        "chance": float(reading.chances.mean()),
+        "refused_before": before,
+    }
+
+
+def refusals(anchors: Anchors, count: int = ANCHORS) -> Anchors:
+    """The first ``count`` refuse anchors."""
+    return anchors.of_kind("refuse").first(count)

@@ -1,0 +1,115 @@
+"""Planned runs of SmolLM2-135M on grade-school maths, judged on held-out AdvBench prompts.
+
+Two tasks: GSM8K's rows as they are, and the same questions with the final number as the reply.
+Every run is a run of its own: the linear schedule depends on its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.collapse.chat import ADAPTER, data_file
+from benchmarks.collapse.smol import LoraSmol, Smol
+from benchmarks.forecast.planned import Cell, Run, refusals
+from safeopt.demo import data
+from safeopt.demo.plan import spread
+from safeopt.demo.worker import load_aligned
+from safeopt.evaluation import Decoding
+from safeopt.evaluation.generation import greedy_replies
+from safeopt.evaluation.refusal import is_refusal
+from safeopt.training.data import BatchPlan, collate, read_rows, tokenize
+
+RESULTS = Path(__file__).parent / "results" / "smol.jsonl"
+SEED = 0
+PILOT_STEPS = 10  # three pilots cost as much as the shortest run
+SHORT, LONG = 30, 80
+PLANNED = (
+    ("gsm8k", "full", 5e-5, LONG),
+    ("gsm8k", "full", 2e-4, SHORT),
+    ("numbers", "full", 2e-4, LONG),
+    ("gsm8k", "lora", 2e-3, LONG),
+    ("gsm8k", "full", 1e-4, SHORT),
+    ("numbers", "full", 5e-5, SHORT),
+    ("gsm8k", "full", 2e-4, LONG),
+    ("gsm8k", "lora", 2e-3, SHORT),
+    ("gsm8k", "full", 1e-4, LONG),
+    ("numbers", "full", 2e-4, SHORT),
+    ("gsm8k", "full", 5e-5, SHORT),
+    ("numbers", "full", 5e-5, LONG),
+)
+"""Task, what trains, learning rate and steps; any first few of them are a fair mixture."""
+
+_PROMPTS, _REPLY_TOKENS = 120, 24
+
+
+class Smols:
+    """Two tasks x learning rates x lengths x {all weights, LoRA}."""
+
+    results = RESULTS
+
+    def cells(self, seeds: Sequence[int] = ()) -> Iterator[Cell]:
+        """Every planned run."""
+        for seed in seeds or (SEED,):
+            for task, mode, lr, steps in PLANNED:
+                yield Cell(task, seed, mode, lr, steps)
+
+    def run(self, cell: Cell) -> Run:
+        """The cell's run."""
+        suite = {"full": Smol, "lora": LoraSmol}[cell.mode](cell.seed)
+        return Run(
+            settings=replace(suite.settings, lr=cell.lr, steps=cell.steps),
+            anchors=refusals(Smol(0).anchors("gsm8k")),
+            model=suite.model,
+            batches=lambda: _batches(cell, suite.settings.batch_size),
+            refusal_rate=_refusal_rate,
+            aligned_rate=_aligned_rate,
+            opening=4,
+            pilot_steps=PILOT_STEPS,
+            readings=2,
+        )
+
+
+def _batches(cell: Cell, size: int) -> Iterator[dict[str, Tensor]]:
+    if cell.task == "gsm8k":
+        yield from Smol(cell.seed).batches("gsm8k", size)
+    examples, tokenizer = _numbers(), _tokenizer()
+    plan, step = BatchPlan(len(examples), size, cell.seed), 0
+    while True:
+        yield collate([examples[i] for i in plan.indices(step)], tokenizer.pad_token_id)
+        step += 1
+
+
+@cache
+def _numbers() -> list[Any]:
+    """GSM8K's questions with nothing but the final number as the reply."""
+    longest = Smol.usual().max_length
+    rows = [
+        {"prompt": row["question"], "reply": row["answer"].rsplit("####", 1)[1].strip()}
+        for row in read_rows(data_file("gsm8k_train.jsonl"))
+        if len(row["question"]) <= 4 * longest
+    ]
+    examples = tokenize(rows, _tokenizer(), max_length=1 << 12)
+    return [example for example in examples if len(example.input_ids) <= longest]
+
+
+@cache
+def _tokenizer() -> Any:
+    return load_aligned(ADAPTER)[1]
+
+
+def _refusal_rate(model: nn.Module) -> float:
+    prompts = spread(data.advbench().held_out, _PROMPTS)
+    decoding = Decoding(_REPLY_TOKENS, dtype="bfloat16")
+    replies = greedy_replies(model, _tokenizer(), prompts, decoding)
+    return sum(map(is_refusal, replies)) / len(replies)
+
+
+@cache
+def _aligned_rate() -> float:
+    return _refusal_rate(Smol(0).model())
