@@ -123,9 +123,10 @@ class Study:
         task = (cell.task, cell.seed, cell.mode)
         if task not in self._gradients:
             self._gradients[task] = gradients(run.model(), next(run.batches()), run.anchors)
-        if (*task, cell.lr) not in self._rises:
-            self._rises[*task, cell.lr] = _short_pilot(run)
-        (gradient, cosine), rise = self._gradients[task], self._rises[*task, cell.lr]
+        planned_rate = (*task, cell.lr)
+        if planned_rate not in self._rises:
+            self._rises[planned_rate] = _short_pilot(run)
+        (gradient, cosine), rise = self._gradients[task], self._rises[planned_rate]
         accumulated = planned.learning_rate * planned.effective_steps
         return {
             "accumulated_rate": accumulated,
