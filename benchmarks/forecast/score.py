@@ -76,8 +76,12 @@ Row = Mapping[str, Any]
 
 
 def read_pilot(row: Row, written: Mapping[str, Any]) -> Pilot:
-    """A pilot of a row of the results; losses and chances are means over its anchors."""
+    """A pilot of a row of the results; losses and chances are means over its anchors.
+
+    Older results have neither margins nor distances.
+    """
     kept = torch.tensor([[word == "1" for word in reading] for reading in written["kept"]])
+    unknown = torch.full(kept.shape, torch.nan)
     return Pilot(
         planned=PlannedRun(row["lr"], row["effective_steps"]),
         compression=written["compression"],
@@ -85,6 +89,8 @@ def read_pilot(row: Row, written: Mapping[str, Any]) -> Pilot:
         losses=torch.tensor(written["anchor_loss"])[:, None],
         kept=kept,
         chances=torch.tensor(written["chance"])[:, None],
+        margins=torch.tensor(written["margins"]) if "margins" in written else unknown,
+        distances=torch.as_tensor(written.get("distances", unknown[:, 0])),
         task_losses=torch.tensor(written["task_losses"]),
     )
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.forecast.run import RESULTS
 from benchmarks.forecast.score import (
     BREAKS,
     PREDICTORS,
@@ -19,6 +18,7 @@ from benchmarks.forecast.score import (
     slope,
     spearman,
 )
+from benchmarks.forecast.worlds import RESULTS
 from benchmarks.markdown import fill
 from safeopt.files import read_jsonl, write_text
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.forecast.run import RESULTS, Cell, cells
+from benchmarks.forecast.planned import Cell
 from benchmarks.forecast.score import (
     PREDICTORS,
     by_forecast,
@@ -14,6 +14,7 @@ from benchmarks.forecast.score import (
     slope,
     spearman,
 )
+from benchmarks.forecast.worlds import RESULTS, Worlds
 from safeopt.files import read_jsonl
 
 
@@ -50,7 +51,7 @@ def test_results_hold_each_run_once_and_score() -> None:
     rows = [row for _, row in read_jsonl(RESULTS)]
     found = [Cell(**{k: row[k] for k in Cell.__dataclass_fields__}) for row in rows]
     assert len(rows) >= 60
-    assert sorted(map(str, found)) == sorted(map(str, cells()))
+    assert sorted(map(str, found)) == sorted(map(str, Worlds().cells()))
     for row in rows[::10]:
         made = forecast_of(row)
         assert made.low[-1] <= made.lost[-1] <= made.high[-1]

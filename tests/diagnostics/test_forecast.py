@@ -20,6 +20,8 @@ def pilot(kept: Tensor, steps: float = 128.0, task: list[float] | None = None) -
         losses=torch.rand(readings, anchors),
         kept=kept,
         chances=kept.float(),
+        margins=2 * kept.float() - 1,
+        distances=torch.arange(readings, dtype=torch.float64),
         task_losses=torch.tensor(task or [3.0, 2.0, 1.5, 1.0]),
     )
 

@@ -25,7 +25,9 @@ def pilots(planned: PlannedRun) -> list[Pilot]:
         kept[reading, : 6 * reading] = False
     losses = 0.1 + 1e-3 * torch.arange(5.0)[:, None] ** 2 * (1 + torch.rand(5, anchors))
     steps = torch.linspace(0, planned.effective_steps, 5, dtype=torch.float64)
-    return [Pilot(planned, 2.0, steps, losses, kept, kept.float(), torch.tensor([3.0, 2.0, 1.0]))]
+    chances = kept.float()
+    task = torch.tensor([3.0, 2.0, 1.0])
+    return [Pilot(planned, 2.0, steps, losses, kept, chances, 2 * chances - 1, steps, task)]
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,41 @@ def test_kept_openings_are_what_greedy_decoding_says() -> None:
     assert read_anchors(model, anchors, opening=3, at_once=4).kept.tolist() == [1, 0, 1, 1, 1, 1]
 
 
+def test_margins_and_chances_are_those_of_the_opening_alone() -> None:
+    model, anchors = zoo.llama(), zoo.random_anchors()
+    whole = anchors.batch()
+    with torch.no_grad():
+        logits = logits_of(model.eval(), whole)
+    reading = read_anchors(model, anchors, opening=2, at_once=3)
+    for i, labels in enumerate(whole.labels):
+        leads, nll = [], 0.0
+        for place in torch.nonzero(labels != -100).flatten().tolist()[:2]:
+            scores = logits[i, place - 1]
+            own = scores[labels[place]]
+            others = torch.cat([scores[: labels[place]], scores[labels[place] + 1 :]])
+            leads.append(float(own - others.max()))
+            nll -= float(scores.log_softmax(-1)[labels[place]])
+        assert float(reading.margins[i]) == pytest.approx(min(leads), abs=1e-5)
+        assert float(reading.chances[i]) == pytest.approx(math.exp(-nll), rel=1e-4)
+        assert bool(reading.kept[i]) == (min(leads) > 0)
+
+
+def test_distance_of_a_pilot_is_that_of_its_weights() -> None:
+    model, anchors, first = zoo.llama(), zoo.random_anchors(), list(batches(1))
+    start = [p.detach().clone() for p in model.parameters()]
+    seen = read_anchors(model, anchors)
+    pilot = run_pilot(model, anchors, iter(first), PlannedRun(3e-3, 1.0), readings=1, start=seen)
+    assert pilot.distances[0] == 0
+    assert torch.equal(pilot.losses[0], seen.losses)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    model.train()(**first[0]).loss.backward()
+    optimizer.step()
+    moved = sum(
+        float((p.detach() - old).square().sum()) for p, old in zip(model.parameters(), start, strict=True)
+    )
+    assert float(pilot.distances[1]) == pytest.approx(math.sqrt(moved), rel=1e-4)
+
+
 def test_bad_input_is_named() -> None:
     model, anchors = zoo.llama(), zoo.random_anchors()
     with pytest.raises(ValueError, match="ended after 2"):
