@@ -153,7 +153,8 @@ def test_distance_of_a_pilot_is_that_of_its_weights() -> None:
     model.train()(**first[0]).loss.backward()
     optimizer.step()
     moved = sum(
-        float((p.detach() - old).square().sum()) for p, old in zip(model.parameters(), start, strict=True)
+        float((p.detach() - old).square().sum())
+        for p, old in zip(model.parameters(), start, strict=True)
     )
     assert float(pilot.distances[1]) == pytest.approx(math.sqrt(moved), rel=1e-4)
 
