@@ -1,8 +1,9 @@
 """Fine-tuning a chat model on benign rows: what the suites of real models share.
 
-Anchors are training prompts with the aligned model's own replies. A task's rows are read from
-``<task>_train.jsonl`` and ``<task>_test.jsonl`` in the folder that ``SAFEOPT_DATA`` names, with
-``prompt`` and ``reply`` (or GSM8K's ``question`` and ``answer``); XSTest is ``xstest_prompts.csv``.
+Anchors are training prompts with the aligned model's own replies. A task's rows come from
+`benchmarks.collapse.smol_tasks`, or from ``<task>_train.jsonl`` and ``<task>_test.jsonl`` in the
+folder that ``SAFEOPT_DATA`` names, with ``prompt`` and ``reply`` (or GSM8K's ``question`` and
+``answer``); XSTest is ``xstest_prompts.csv``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from benchmarks.collapse import smol_tasks
 from benchmarks.collapse.lora import adapt
 from benchmarks.collapse.suite import Batch, RunSettings
 from safeopt import Anchors
@@ -206,6 +208,8 @@ def _tokenizer(model: str) -> Any:
 
 @cache
 def _rows(task: str, split: str) -> list[dict[str, Any]]:
+    if task in smol_tasks.TASKS:
+        return smol_tasks.rows(task, split)
     rows = read_rows(data_file(f"{task}_{split}.jsonl"))
     named = ("question", "answer") if "question" in rows[0] else ("prompt", "reply")
     return [{"prompt": row[named[0]], "reply": row[named[1]]} for row in rows]

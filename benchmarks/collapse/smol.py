@@ -21,7 +21,7 @@ class Smol(Chat):
     """The ``smol`` suite."""
 
     name = "smol"
-    tasks = ("gsm8k",)
+    tasks = ("gsm8k",)  # more with --task: benchmarks.collapse.smol_tasks
     settings = RunSettings(
         steps=100, lr=2e-4, batch_size=4, evaluate_every=100, warmup_steps=5, log_every=5
     )

