@@ -65,7 +65,7 @@ class Smols:
         return Run(
             settings=replace(suite.settings, lr=cell.lr, steps=cell.steps),
             anchors=refusals(Smol(0).anchors("gsm8k")),
-            model=suite.model,
+            model=lambda: _model(suite),
             batches=lambda: _batches(cell, suite.settings.batch_size),
             refusal_rate=_refusal_rate,
             aligned_rate=_aligned_rate,
@@ -73,6 +73,13 @@ class Smols:
             pilot_steps=PILOT_STEPS,
             readings=2,
         )
+
+
+def _model(suite: Smol) -> nn.Module:
+    """The aligned model; plain attention's backward pass in bf16 is faster on CPUs than SDPA's."""
+    model: Any = suite.model()
+    model.set_attn_implementation("eager")
+    return model  # type: ignore[no-any-return]
 
 
 def _batches(cell: Cell, size: int) -> Iterator[dict[str, Tensor]]:
@@ -112,4 +119,4 @@ def _refusal_rate(model: nn.Module) -> float:
 
 @cache
 def _aligned_rate() -> float:
-    return _refusal_rate(Smol(0).model())
+    return _refusal_rate(_model(Smol(0)))
