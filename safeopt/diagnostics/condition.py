@@ -139,12 +139,13 @@ def measure_condition(
     device = device_of(bare)
     subject = anchors.batch().to(device)
     with undisturbed(bare):
-        sketch = _sketch(bare, subject, compression_rank)
-        null = _sketch(bare, harmless.batch().to(device), compression_rank)
+        sketch = sketch_of(bare, subject, compression_rank)
+        null = sketch_of(bare, harmless.batch().to(device), compression_rank)
     parameters = trainable_parameters(bare)
     drawn = [next(batches) for _ in range(probes)]
     losses = _losses(bare, subject)
-    seen = [_probe(bare, sketch, batch, rate, optimizer, loss) for batch in drawn]
+    product = FiniteDifference(bare, check="first")  # settles its step on the first probe
+    seen = [_probe(bare, sketch, batch, rate, optimizer, loss, product) for batch in drawn]
     with training(bare):
         paths = [_path(bare, batch, stride * rate, optimizer, loss) for batch in drawn]
         laws = look_ahead(parameters, losses, paths, stride=stride)
@@ -161,7 +162,7 @@ def measure_condition(
         coupling=Estimate.of([float(p.coupling.mean()) for p in seen]),
         acceleration=Estimate.of([float(law.acceleration.mean()) for law in laws]),
         law=mean_law(laws),
-        hessian_error=max(p.hessian_error for p in seen),
+        hessian_error=product.error,
         modules=_modules(sketch, seen[0].step),
         row_scores=scores,
     )
@@ -173,10 +174,10 @@ class _Probe:
     length: float
     slopes: Tensor
     coupling: Tensor
-    hessian_error: float
 
 
-def _sketch(model: nn.Module, batch: AnchorBatch, rank: int | None) -> GradientSketch:
+def sketch_of(model: nn.Module, batch: AnchorBatch, rank: int | None = 8) -> GradientSketch:
+    """The sketch of the anchors' reply NLL."""
     return GradientSketch.measure(
         model, find_coverage(model), batch, reply_nll, compression_rank=rank
     )
@@ -210,6 +211,7 @@ def _probe(
     rate: float,
     make: MakeOptimizer,
     loss: TaskLoss,
+    product: FiniteDifference,
 ) -> _Probe:
     """The first step on a batch, what it does to first order, and the Hessian's part."""
     parameters = trainable_parameters(model)
@@ -219,16 +221,40 @@ def _probe(
         gradient = norm(p.grad for p in parameters.values() if p.grad is not None)
         stepper.step()
         step = {name: p.detach() - origin[name] for name, p in parameters.items()}
-    product = FiniteDifference(model, check="first")
-    bend = Hessian(model, lambda m: loss(m, batch), method=product).matvec(step)
-    scale = norm(step.values()) / max(gradient, 1e-30)
     return _Probe(
         step=step,
         length=norm(step.values()),
         slopes=sketch.coefficients(step),
-        coupling=-scale * sketch.coefficients(bend),
-        hessian_error=product.error,
+        coupling=coupling_along(model, sketch, step, gradient, lambda m: loss(m, batch), product),
     )
+
+
+def coupling_along(
+    model: nn.Module,
+    sketch: GradientSketch,
+    step: Mapping[str, Tensor],
+    gradient: float,
+    loss: Callable[[nn.Module], Tensor],
+    product: FiniteDifference,
+) -> Tensor:
+    """-(||s|| / ||g||) G_i (H s), nats per step squared, (N,).
+
+    Args:
+        model: the model.
+        sketch: G, at its weights.
+        step: s, one step's displacement.
+        gradient: ||g||, the norm of the task's gradient.
+        loss: the task loss, whose Hessian is H.
+        product: how H is multiplied.
+    """
+    bend = Hessian(model, loss, method=product).matvec(step)
+    return -(norm(step.values()) / max(gradient, 1e-30)) * sketch.coefficients(bend)
+
+
+def overlap_of(sketch: GradientSketch, step: Mapping[str, Tensor]) -> float:
+    """||U^T s|| / ||s||, U spanning the sketched gradients."""
+    eigenbasis = Eigenbasis.of(sketch.gram(), None, _FLOOR)
+    return eigenbasis.component_norm(sketch.coefficients(step)) / max(norm(step.values()), 1e-30)
 
 
 def _row_scores(

@@ -38,6 +38,7 @@ _NOT_NEGATIVE = (
     "save_total_limit",
     "eval_steps",
     "probe_samples",
+    "monitor_geometry",
 )
 
 
@@ -95,6 +96,9 @@ class TrainConfig:
             anchors' losses and openings. ``"log"`` logs it as ``safety/...``; ``"stop"`` also ends
             the run, and saves it, once the forecast is NO-GO; ``"guard"`` trains without the guard
             of an optimizer that has one until then.
+        monitor_geometry: Evaluations between the monitor's measures of overlap and coupling, which
+            cost more than its readings; 0 makes none. They are made in one process on float32
+            weights only.
         progress: Show a progress bar (on a terminal).
     """
 
@@ -140,6 +144,7 @@ class TrainConfig:
     probe_samples: int = 0
     eval_steps: int = 0
     monitor: Literal["off", "log", "stop", "guard"] = "off"
+    monitor_geometry: int = 1
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +105,22 @@ class _Run:
         bare = models.load_model(config) if model is None else model
         self.bare = models.prepare_for_training(bare, config)
         self.anchors = self._anchors(anchors)
-        self.monitor = probes.monitor(config, self.anchors, self.steps)
+        self.monitor = probes.monitor(config, self.anchors, self.steps, self._monitored_task())
         self.probes += [self.monitor] if self.monitor is not None else []
         main = self.accelerator.is_main_process
         self.log = MetricsLog(self.output_dir / "metrics.jsonl" if main else None)
         self.step, self.tokens, self.loss = 0, 0, math.nan
+        self.is_guarded = config.monitor != "guard"
+
+    def _monitored_task(self) -> Callable[[nn.Module], Tensor] | None:
+        """The task loss of the present step's first rows, where its curvature can be had."""
+        full = all(p.dtype == torch.float32 for p in self.bare.parameters() if p.requires_grad)
+        return self._task_loss if full and self.accelerator.num_processes == 1 else None
+
+    def _task_loss(self, model: nn.Module) -> Tensor:
+        rows = self.plan.indices(min(self.step, self.steps - 1))
+        chosen = [self.examples[i] for i in rows[: self.config.per_device_train_batch_size]]
+        return self._nll_sum(model, chosen) / sum(example.targets for example in chosen)
 
     def _tokenize(self, rows: Sequence[data.Row]) -> list[data.Example]:
         options = self.config.max_length, self.config.completion_only_loss
@@ -135,8 +146,9 @@ class _Run:
             num_training_steps=self.steps,
         )
         self.accelerator.register_for_checkpointing(self.scheduler)
-        if self.guard is not None:
-            self.accelerator.register_for_checkpointing(self.guard)
+        for part in (self.guard, self.monitor):
+            if part is not None:
+                self.accelerator.register_for_checkpointing(part)
 
     def _prepare_parts(self) -> None:
         if self.config.optimizer in GUARDED:
@@ -146,10 +158,11 @@ class _Run:
         self.holder = optimizer = optimizers.build_optimizer(self.bare, self.config)
         self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         self.guard = optimizers.build_guard(self.model, self.anchors, self.config)
-        if self.config.monitor != "guard":
+        if self.is_guarded:
             self._hold_guard()
 
     def _hold_guard(self) -> None:
+        self.is_guarded = True
         if isinstance(self.holder, HoldsGuard) and self.guard is not None:
             self.holder.hold(self.guard)
 
@@ -249,7 +262,7 @@ class _Run:
         for number, micro in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._nll_sum(micro) / targets
+                loss = self._nll_sum(self.model, micro) / targets
                 # Processes average their gradients, while the loss is a sum over processes.
                 self.accelerator.backward(loss * processes)
             total += loss.detach()
@@ -263,12 +276,12 @@ class _Run:
         chunks = [batch[i : i + size] for i in range(0, len(batch), size)]
         return chunks[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _nll_sum(self, examples: list[data.Example]) -> Tensor:
+    def _nll_sum(self, model: nn.Module, examples: list[data.Example]) -> Tensor:
         pad = self.tokenizer.pad_token_id
         batch = data.collate(examples, 0 if pad is None else pad)
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        return nll_sum(self.model(**batch, use_cache=False).logits, labels)
+        return nll_sum(model(**batch, use_cache=False).logits, labels)
 
     def _stop_if_not_finite(self, what: str, value: float, step: int) -> None:
         if math.isfinite(value):
@@ -314,6 +327,7 @@ class _Run:
             "rows_per_step": self.plan.rows_per_step,
             "seed": self.config.seed,
             "data": data.fingerprint(self.examples),
+            "is_guarded": self.is_guarded,
         }
 
     def _resume(self, folder: Path) -> None:
@@ -327,6 +341,8 @@ class _Run:
                 raise ValueError(f"{folder} was made with other {name}; resume with the same")
         self.accelerator.load_state(str(folder))
         self.step, self.tokens, self.loss = state["step"], state["num_tokens"], state["loss"]
+        if state.get("is_guarded") and not self.is_guarded:
+            self._hold_guard()  # the monitor had asked for it
 
     def _finish(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from safeopt import Anchors
 from safeopt.diagnostics import Monitor
@@ -30,8 +30,13 @@ def from_config(config: TrainConfig, tokenizer: Any) -> list[Probe]:
     return wanted
 
 
-def monitor(config: TrainConfig, anchors: Anchors | None, steps: int) -> Monitor | None:
-    """The monitor that ``config.monitor`` asks for.
+def monitor(
+    config: TrainConfig,
+    anchors: Anchors | None,
+    steps: int,
+    task: Callable[[nn.Module], Tensor] | None,
+) -> Monitor | None:
+    """The monitor that ``config.monitor`` asks for; with ``task`` it measures the geometry too.
 
     Raises:
         ValueError: It is asked for without anchors, or without an ``eval_steps`` to look at.
@@ -43,7 +48,13 @@ def monitor(config: TrainConfig, anchors: Anchors | None, steps: int) -> Monitor
             f"monitor {config.monitor} reads anchors every eval_steps steps: set `anchors` to a "
             "JSONL file, or pass them, and eval_steps to a number above 0"
         )
-    return Monitor(anchors.of_kind("refuse"), steps)
+    every = config.monitor_geometry
+    return Monitor(
+        anchors.of_kind("refuse"),
+        steps,
+        task=task if every else None,
+        geometry_every=max(1, every),
+    )
 
 
 def _task_nll(config: TrainConfig, rows: list[dict[str, Any]], tokenizer: Any) -> Probe:

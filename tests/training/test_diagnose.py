@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from safeopt import Anchors, cli
@@ -131,6 +132,8 @@ def test_monitor_logs_stops_and_guards(aligned: nn.Module, tokenizer: Any, tmp_p
     assert [line["step"] for line in told] == list(range(0, 41, 5))
     assert told[0]["safety/lost"] == 0.0
     assert told[-1]["safety/lost"] == told[-1]["safety/forecast_lost"] == 1.0
+    assert all(0 <= line["safety/overlap"] <= 1 for line in told[1:])
+    assert all(line["safety/coupling_error"] < 0.1 for line in told[1:])
     for earlier, later in itertools.pairwise(told):
         rise = 5 * later["safety/velocity"]
         assert later["safety/loss"] - earlier["safety/loss"] == pytest.approx(rise)
@@ -144,6 +147,31 @@ def test_monitor_logs_stops_and_guards(aligned: nn.Module, tokenizer: Any, tmp_p
     steps, kept, log = monitored(aligned, tokenizer, tmp_path / "guard", **options)
     assert steps == 40
     assert kept > 0.9
+
+
+def test_a_guard_that_the_monitor_took_on_survives_a_resume(
+    aligned: nn.Module, tokenizer: Any, tmp_path: Path
+) -> None:
+    plan = config(
+        optimizer="safe_adamw",
+        monitor="guard",
+        guard={"refresh_every": 1},
+        eval_steps=5,
+        save_steps=20,
+        output_dir=str(tmp_path),
+    )
+    own = Anchors.from_rows(REFUSALS, tokenizer)
+    whole, resumed = copy.deepcopy(aligned), copy.deepcopy(aligned)
+    train(plan, whole, tokenizer, TASK, anchors=own)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    taken_on = [
+        line["step"] for line in map(json.loads, lines) if line.get("safety/forecast_low", 0) > 0.1
+    ]
+    assert 0 < taken_on[0] < 20
+    again = replace(plan, resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    train(again, resumed, tokenizer, TASK, anchors=own)
+    for (name, p), q in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_monitor_needs_anchors_and_something_to_guard(make_model: Callable, tokenizer: Any) -> None:
