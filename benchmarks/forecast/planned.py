@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.collapse.suite import RunSettings
 from safeopt import Anchors
+from safeopt.curvature.vectors import norm
 from safeopt.diagnostics import Pilot, PlannedRun, read_anchors, run_pilot
 from safeopt.environment import environment
 from safeopt.geometry.capture import logits_of
@@ -27,7 +28,9 @@ from safeopt.losses import reply_nll
 
 ANCHORS = 64
 SHORT_PILOT = 10
-POWERS = (0.3, 0.5, 0.7)
+POWERS = (0.0, 0.5, 1.0)
+"""The run's own first steps, a way that grows with the root of the steps, and a straight one."""
+
 _AT_ONCE = 16  # anchors in one forward-backward
 
 Batches = Callable[[], Iterator[dict[str, Tensor]]]
@@ -104,14 +107,17 @@ class Study:
         run, start = self._suite.run(cell), time.perf_counter()
         planned = PlannedRun.from_rates(_rates(run.settings))
         pilots = _pilots(run, planned)
-        cheap = self._cheap_predictors(cell, run, planned)
+        cheap = self._cheap_predictors(cell, run, planned, pilots[0])
         predict_seconds = time.perf_counter() - start
         actual = outcome(run)
         seconds = time.perf_counter() - start - predict_seconds
         return {
             **asdict(cell),
             "effective_steps": planned.effective_steps,
-            "pilots": pilots,
+            "pilots": [
+                written_pilot(pilot, run.pilot_steps, power)
+                for pilot, power in zip(pilots, POWERS, strict=True)
+            ],
             "cheap": cheap,
             "actual": actual,
             "predict_seconds": round(predict_seconds, 3),
@@ -119,13 +125,17 @@ class Study:
             **environment(),
         }
 
-    def _cheap_predictors(self, cell: Cell, run: Run, planned: PlannedRun) -> dict[str, float]:
+    def _cheap_predictors(
+        self, cell: Cell, run: Run, planned: PlannedRun, first: Pilot
+    ) -> dict[str, float]:
         task = (cell.task, cell.seed, cell.mode)
         if task not in self._gradients:
             self._gradients[task] = gradients(run.model(), next(run.batches()), run.anchors)
         planned_rate = (*task, cell.lr)
         if planned_rate not in self._rises:
-            self._rises[planned_rate] = _short_pilot(run)
+            # A pilot of power 0 that is as short is the same run.
+            same = run.pilot_steps == SHORT_PILOT
+            self._rises[planned_rate] = _rise(first if same else _short_pilot(run))
         (gradient, cosine), rise = self._gradients[task], self._rises[planned_rate]
         accumulated = planned.learning_rate * planned.effective_steps
         return {
@@ -145,18 +155,15 @@ def optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimize
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
 
 
-def _pilots(run: Run, planned: PlannedRun) -> list[dict[str, Any]]:
-    """Three pilots on batches of their own, all from the same first reading."""
-    model, batches = run.model(), run.batches()
+def _pilots(run: Run, planned: PlannedRun) -> list[Pilot]:
+    """Pilots on the run's own first batches, all from one first reading."""
+    model = run.model()
     start = read_anchors(model, run.anchors, opening=run.opening)
     return [
-        written_pilot(
-            run_pilot(
-                model, run.anchors, batches, planned, steps=run.pilot_steps, readings=run.readings,
-                opening=run.opening, power=power, optimizer=optimizer, start=start,
-            ),
-            run.pilot_steps,
-            power,
+        run_pilot(
+            model, run.anchors, run.batches(), planned, steps=run.pilot_steps,
+            readings=run.readings, opening=run.opening, power=power, optimizer=optimizer,
+            start=start,
         )
         for power in POWERS
     ]  # fmt: skip
@@ -178,12 +185,15 @@ def written_pilot(pilot: Pilot, steps: int, power: float) -> dict[str, Any]:
     }
 
 
-def _short_pilot(run: Run) -> float:
-    """Rise of the anchor loss over a few steps at the planned rate."""
-    pilot = run_pilot(
+def _short_pilot(run: Run) -> Pilot:
+    """A few steps at the planned rate."""
+    return run_pilot(
         run.model(), run.anchors, run.batches(), PlannedRun(run.settings.lr, SHORT_PILOT),
         steps=SHORT_PILOT, readings=1, optimizer=optimizer,
     )  # fmt: skip
+
+
+def _rise(pilot: Pilot) -> float:
     return float((pilot.losses[-1] - pilot.losses[0]).mean())
 
 
@@ -217,11 +227,14 @@ def outcome(run: Run) -> dict[str, float]:
         schedule.step()
     after = run.refusal_rate(model)
     reading = read_anchors(model, run.anchors, opening=run.opening)
+    aligned = dict(run.model().named_parameters())
     return {
         "lost": (before - after) / before,
         "anchors_lost": float((~reading.kept).double().mean()),
         "anchor_loss": float(reading.losses.mean()),
         "chance": float(reading.chances.mean()),
+        "margin": float(reading.margins.mean()),
+        "distance": norm(p.detach() - aligned[n].detach() for n, p in model.named_parameters()),
         "refused_before": before,
     }
 

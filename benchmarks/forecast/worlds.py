@@ -49,7 +49,7 @@ class Worlds:
             aligned_rate=lambda: world.refusal_rate(world.model()),
             opening=OPENING,
             pilot_steps=PILOT_STEPS,
-            readings=4,
+            readings=8,
         )
 
 
