@@ -1,23 +1,23 @@
 """What a compiler makes of a kernel: registers, spills, shared memory, loads, tensor cores.
 
 Kernels are compiled ahead of time, for GPUs that need not be there: Triton's wheel brings the
-NVIDIA assembler and the AMD back end. Registers and spills come from ``ptxas -v`` or from the
-metadata that the AMD back end writes into the assembly.
+NVIDIA assembler and the AMD back end. Registers and spills come from what ``ptxas -v`` tells Triton
+or from the metadata that the AMD back end writes into the assembly.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
+from io import StringIO
+from tempfile import TemporaryDirectory
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from safeopt_kernels.specialisations import Specialisation
@@ -73,10 +73,20 @@ def compile_for(specialisation: Specialisation, target: str) -> Compiled:
         specialisation.attributes,
     )
     options = {"num_warps": specialisation.warps}
-    made = triton.compile(source, target=TARGETS[target], options=options)
+    with _assembler_log() as log:
+        made = triton.compile(source, target=TARGETS[target], options=options)
     if backend(target) == "cuda":
-        return _read_ptx(made.asm["ptx"], TARGETS[target].arch, made.metadata.shared)
+        return _read_ptx(made.asm["ptx"], log.getvalue(), made.metadata.shared)
     return _read_amdgcn(made.asm["amdgcn"], made.metadata.shared)
+
+
+@contextmanager
+def _assembler_log() -> Iterator[StringIO]:
+    """Catch what ptxas says while Triton compiles; an empty cache makes sure that it compiles."""
+    with TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
+        knobs.cache.dir, knobs.nvidia.dump_ptxas_log = folder, True
+        with redirect_stdout(StringIO()) as log:
+            yield log
 
 
 def backend(target: str) -> str:
@@ -84,8 +94,7 @@ def backend(target: str) -> str:
     return str(TARGETS[target].backend)
 
 
-def _read_ptx(text: str, arch: int, shared: int) -> Compiled:
-    log = _ptxas(text, arch)
+def _read_ptx(text: str, log: str, shared: int) -> Compiled:
     spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log)
     return Compiled(
         registers=_number(r"Used (\d+) registers", log),
@@ -107,17 +116,6 @@ def _ptx_loads(text: str) -> Iterator[int]:
         yield int(vector or 1) * int(bits) // 8
     for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+|\d+)[,;]", text):
         yield int(size, 0)
-
-
-def _ptxas(text: str, arch: int) -> str:
-    """What the assembler says about a PTX program."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(text)
-        command = [get_ptxas(arch).path, "-v", "--regAllocOptLevel=2"]
-        command += [f"--gpu-name={sm_arch_from_capability(arch)}", str(source)]
-        command += ["-o", str(source.with_suffix(".o"))]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def _read_amdgcn(text: str, shared: int) -> Compiled:

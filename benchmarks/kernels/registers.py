@@ -3,9 +3,8 @@
     python -m benchmarks.kernels.registers --output benchmarks/kernels/results/registers.json
 
 No GPU is needed. The command fails if a kernel breaks a ceiling; the tables in docs/kernels.md are
-made from the result file by ``python -m benchmarks.kernels.tables``. All forms take a quarter of an
-hour on two cores, which is too long for every test run: the tests compile the hardest forms, and
-hold the result file to the kernels' sources by their digest.
+made from the result file by ``python -m benchmarks.kernels.tables``. The tests compile every form
+again, and hold the result file to the kernels' sources by their digest.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,8 +42,18 @@ def digest() -> str:
     return hashlib.sha256("\0".join(contents).encode()).hexdigest()
 
 
-def row(target: str, name: str) -> dict[str, Any]:
-    """What the compilers made of one form of a kernel for one target."""
+def rows(pool: Executor, targets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What the compilers make of every form of every kernel, target by target."""
+    forms = [(t, form.name) for t in targets for form in specialisations(backend(t))]
+    return pool.map(_row, *zip(*forms, strict=True))
+
+
+def compilers(workers: int) -> ProcessPoolExecutor:
+    """Processes that compile; each has a Triton of its own."""
+    return ProcessPoolExecutor(workers, get_context("spawn"))
+
+
+def _row(target: str, name: str) -> dict[str, Any]:
     (form,) = (form for form in specialisations(backend(target)) if form.name == name)
     made = compile_for(form, target)
     return {
@@ -63,21 +72,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     options = parser.parse_args(argv)
-    forms = [(t, form.name) for t in options.targets for form in specialisations(backend(t))]
-    rows = []
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        for made in tqdm(pool.map(row, *zip(*forms, strict=True)), total=len(forms)):
-            rows.append(made)
-            for problem in made["problems"]:
-                print(f"{made['target']} {made['specialisation']}: {problem}", flush=True)
+    made = []
+    with compilers(options.workers) as pool:
+        for row in tqdm(rows(pool, options.targets)):
+            made.append(row)
+            for problem in row["problems"]:
+                print(f"{row['target']} {row['specialisation']}: {problem}", flush=True)
     result = {
         "command": f"python -m benchmarks.kernels.registers {' '.join(argv)}",
         "environment": environment(),
         "sources": digest(),
-        "rows": rows,
+        "rows": made,
     }
     write_json(options.output, result)
-    return int(any(made["problems"] for made in rows))
+    return int(any(row["problems"] for row in made))
 
 
 if __name__ == "__main__":
