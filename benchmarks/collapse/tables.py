@@ -25,9 +25,9 @@ Facts = Mapping[str, Any]
 def table(plan: SuitePlan, results: Sequence[Facts], group: str) -> str:
     """One group of variants: a row each, per task the plan's columns over the seeds.
 
-    A cell holds the mean and, behind it, the smallest and largest seed when they differ. Variants
-    that have not been run, or whose settings have changed since, have no row; tasks that none of
-    the group has run have no columns.
+    Behind them CPU seconds and anchor rows of a run. A cell holds the mean and, behind it, the
+    smallest and largest seed when they differ. Variants that have not been run, or whose settings
+    have changed since, have no row; tasks that none of the group has run have no columns.
     """
     variants = [v for v in plan.variants if v.group == group]
     made = [(v.label, [r for r in results if v.made(r)]) for v in variants]
@@ -35,7 +35,7 @@ def table(plan: SuitePlan, results: Sequence[Facts], group: str) -> str:
     if not tasks:
         return "Not run yet."
     heads = [f"{task}: {label}" for task in tasks for label in plan.columns.values()]
-    rows = [["", *heads, "seconds", "seeds"], ["---"] * (len(heads) + 3)]
+    rows = [["", *heads, "seconds", "anchor rows", "seeds"], ["---"] * (len(heads) + 4)]
     rows += [_row("aligned model", results, tasks, plan, "aligned")]
     rows += [_row(label, own, tasks, plan, "final") for label, own in made if own]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -49,9 +49,17 @@ def _row(
         for task in tasks
         for metric in plan.columns
     ]
+    seeds = str(len({r["seed"] for r in results}))
+    if when == "aligned":
+        return [label, *cells, "", "", seeds]
     seconds = fmean(r.get("cpu_seconds", r["train_seconds"]) for r in results)
-    seeds = len({r["seed"] for r in results})
-    return [label, *cells, f"{seconds:.1f}" if when == "final" else "", str(seeds)]
+    return [label, *cells, f"{seconds:.1f}", _anchor_rows(results), seeds]
+
+
+def _anchor_rows(results: Sequence[Facts]) -> str:
+    """Mean number of anchors that went forward and backward in a run; the first results lack it."""
+    counted = [r["rows"]["anchor_rows"] for r in results if "rows" in r]
+    return f"{fmean(counted):.0f}" if counted else "-"
 
 
 def _one_a_seed(results: Sequence[Facts], task: str) -> list[Facts]:
@@ -69,6 +77,8 @@ def _cell(values: Sequence[float]) -> str:
 
 def machines(results: Sequence[Facts]) -> str:
     """Where and with what the results were made, one line per distinct setting."""
+    if not results:
+        return "Not run yet."
     seen = sorted({_machine(r) for r in results})
     dates = sorted(str(r["date"])[:10] for r in results)
     return "\n".join([*seen, f"Runs: {len(results)}, from {dates[0]} to {dates[-1]}."])

@@ -63,16 +63,17 @@ def test_table_is_made_from_result_files(plan_folder: Path, tmp_path: Path) -> N
     for seed, asr in enumerate((0.9, 1.0)):
         save(Cell("toy", "adamw", "default", "style", seed), result("adamw", "default", seed, asr))
         own = result("safe", "default", seed, 0.031, refresh_every=5)
+        own["rows"] = {"anchor_rows": 160 - 30 * seed}
         save(Cell("toy", "safe", "default", "style", seed), own)
     stale = result("safe", "p2", 0, 0.5, refresh_every=3)
     save(Cell("toy", "safe", "p2", "style", 0), stale)
     lines = tables.table(plan, list(load_all("toy")), "methods").splitlines()
     assert lines == [
-        "|  | style: ASR | seconds | seeds |",
-        "| --- | --- | --- | --- |",
-        "| aligned model | 0.02 |  | 2 |",
-        "| AdamW | 0.95 (0.90 to 1.00) | 2.0 | 2 |",
-        "| ours | 0.03 | 2.0 | 2 |",
+        "|  | style: ASR | seconds | anchor rows | seeds |",
+        "| --- | --- | --- | --- | --- |",
+        "| aligned model | 0.02 |  |  | 2 |",
+        "| AdamW | 0.95 (0.90 to 1.00) | 2.0 | - | 2 |",
+        "| ours | 0.03 | 2.0 | 145 | 2 |",
     ]
 
 
