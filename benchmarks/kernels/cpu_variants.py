@@ -22,13 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from safeopt.environment import environment
 from safeopt.files import write_json
-from safeopt_kernels import ops
+from safeopt_kernels import dispatch, ops
 from safeopt_kernels.settings import AdamW
 
 ADAMW = AdamW(lr=1e-6, weight_decay=0.0, step=3)
@@ -131,11 +132,20 @@ def bf16_mode(problem: Problem) -> Tensor:
 
 
 def row_blocks(problem: Problem) -> Tensor:
-    """The operators' CPU path: blocks of rows that stay in the cache, fp32."""
-    count = len(problem.weights)
+    """The operators' plain CPU path: blocks of rows that stay in the cache, fp32."""
+    return _by_operators(problem, "reference")
+
+
+def native(problem: Problem) -> Tensor:
+    """The operators in C++, on CPUs with AMX tiles: bf16 products of halves."""
+    return _by_operators(problem, "native")
+
+
+def _by_operators(problem: Problem, mode: str) -> Tensor:
     lists = (problem.p, problem.g, problem.m, problem.v, problem.left, problem.right)
-    c, _ = ops.adamw_propose_(*lists, count, ADAMW)
-    ops.low_rank_apply_(problem.p, problem.left, problem.right, problem.weights)
+    with patch.dict("os.environ", {dispatch.VARIABLE: mode}):
+        c, _ = ops.adamw_propose_(*lists, len(problem.weights), ADAMW)
+        ops.low_rank_apply_(problem.p, problem.left, problem.right, problem.weights)
     return c
 
 
@@ -199,6 +209,7 @@ VARIANTS: dict[str, Callable[[Problem], Tensor | None]] = {
     "whole matrices, oneDNN's bf16 mode": bf16_mode,
     "whole matrices, bf16 products": bf16_products,
     "compiled blocks, bf16 products": compiled,
+    "strips in C++, bf16 products of halves": native,
 }
 
 

@@ -1,7 +1,7 @@
 """Which implementation runs: one function decides, ``SAFEOPT_KERNELS`` overrides it.
 
-``SAFEOPT_KERNELS`` is "auto" (Triton where it can run, the reference elsewhere), "reference", or
-"triton", which raises where Triton cannot run.
+``SAFEOPT_KERNELS`` is "auto" (Triton where it can run, C++ on CPUs with AMX tiles, the reference
+elsewhere), "reference", or "triton" or "native", which raise where they cannot run.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from safeopt_kernels import native
+
 VARIABLE = "SAFEOPT_KERNELS"
-MODES = ("auto", "reference", "triton")
+MODES = ("auto", "reference", "triton", "native")
+# Weights that are worth compiling C++ for: with fewer, a step takes about a millisecond anyway.
+PAYS = 1 << 20
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -24,7 +28,7 @@ def mode() -> str:
     """The user's choice.
 
     Raises:
-        ValueError: it is none of the three.
+        ValueError: it is none of the four.
     """
     chosen = os.environ.get(VARIABLE, "auto")
     if chosen not in MODES:
@@ -32,22 +36,52 @@ def mode() -> str:
     return chosen
 
 
-def uses_triton(tensors: Sequence[Tensor]) -> bool:
-    """Decide for a call on these tensors.
+def implementation(
+    weights: Sequence[Tensor], others: Sequence[Tensor] = (), *, not_native: str | None = None
+) -> str:
+    """Decide for a call on these tensors: "triton", "native" or "reference".
+
+    Args:
+        weights: what the call steps.
+        others: whatever else goes into it.
+        not_native: why the call is none for C++, whatever the tensors.
 
     Raises:
-        RuntimeError: Triton was asked for by name and cannot run on them.
+        RuntimeError: an implementation was asked for by name and cannot run on them.
     """
-    chosen = mode()
-    if chosen == "reference":
-        return False
-    obstacle = obstacle_to_triton(tensors)
-    if obstacle is not None and chosen == "triton":
-        raise RuntimeError(
-            f"{VARIABLE}=triton was asked for, but {obstacle}; "
-            f"unset {VARIABLE} to fall back to the reference"
-        )
-    return obstacle is None
+    wanted, tensors = mode(), [*weights, *others]
+    for name in ("triton", "native"):
+        if wanted not in (name, "auto"):
+            continue
+        if name == "triton":
+            obstacle = obstacle_to_triton(tensors)
+        elif wanted == "auto" and sum(w.numel() for w in weights) < PAYS:
+            obstacle = "it would not pay"
+        else:
+            obstacle = not_native or native.obstacle(tensors)
+        if obstacle is None:
+            return name
+        if wanted == name:
+            raise_unmet(name, obstacle)
+    return "reference"
+
+
+def is_native(tensors: Sequence[Tensor]) -> bool:
+    """Whether C++ may look at these tensors where no one asks for it by name."""
+    pays = sum(t.numel() for t in tensors) >= PAYS
+    return pays and mode() in ("auto", "native") and native.obstacle(tensors) is None
+
+
+def raise_unmet(name: str, obstacle: str) -> None:
+    """Raise because of an implementation that was asked for by name.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"{VARIABLE}={name} was asked for, but {obstacle}; "
+        f"unset {VARIABLE} to fall back to the reference"
+    )
 
 
 def check_local(tensors: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from safeopt_kernels import blocked, dispatch
+from safeopt_kernels import blocked, dispatch, native
 from safeopt_kernels.settings import ROUNDINGS, AdamW, Rounding, Seed
 from safeopt_kernels.table import Piece
 
@@ -51,7 +51,7 @@ def adamw_propose_(
 
     Raises:
         ValueError: shapes or dtypes that do not belong together.
-        RuntimeError: Triton was asked for and cannot run.
+        RuntimeError: kernels were asked for by name and cannot run.
     """
     _check(p, {"g": g, "m": m, "v": v, "step": step}, left, right, count)
     if not p:
@@ -90,7 +90,7 @@ def low_rank_apply_(
 
     Raises:
         ValueError: shapes, dtypes or a rounding that do not belong together.
-        RuntimeError: Triton was asked for and cannot run.
+        RuntimeError: kernels were asked for by name and cannot run.
     """
     _check(p, {"step": step, "compensation": compensation}, left, right, len(weights))
     _check_rounding(p, step, rounding, compensation)
@@ -132,7 +132,7 @@ def adamw_onesided_(
 
     Raises:
         ValueError: shapes, dtypes or a rounding that do not belong together.
-        RuntimeError: Triton was asked for and cannot run.
+        RuntimeError: kernels were asked for by name and cannot run.
     """
     owed = [] if compensation is None else [compensation]
     lists = {"g": [g], "m": [m], "v": [v], "compensation": owed}
@@ -196,6 +196,8 @@ def _check_rounding(
         raise ValueError(f"rounding={rounding!r} wants the steps: pass the step of adamw_propose_")
 
 
+_BUFFER = "it takes the steps in the weights, and these have a buffer of their own"
+
 # -- operators ---------------------------------------------------------------------------------
 
 
@@ -225,10 +227,15 @@ def _propose(
     adamw = AdamW(lr, beta1, beta2, eps, weight_decay, t)
     c = torch.zeros(count, dtype=torch.float64, device=p[0].device)
     squared_norm = torch.zeros((), dtype=torch.float64, device=p[0].device)
-    if dispatch.uses_triton([*p, *g, *m, *v, *left, *right, *step]):
+    way = dispatch.implementation(
+        p, [*g, *m, *v, *left, *right, *step], not_native=_BUFFER if step else None
+    )
+    pieces = _pieces(p, left, right, g=g, m=m, v=v, step=step)
+    if way == "native":
+        return native.propose(pieces, count, adamw)
+    if way == "triton":
         from safeopt_kernels import lowrank
 
-        pieces = _pieces(p, left, right, g=g, m=m, v=v, step=step)
         for group in _groups(pieces):
             part, norm = lowrank.propose(group, count, adamw, backend=dispatch.backend())
             c, squared_norm = c + part, squared_norm + norm
@@ -268,14 +275,20 @@ def _apply(
 ) -> None:
     way, bits = ROUNDINGS[rounding], Seed(seed, t)
     pieces = _pieces(p, left, right, numbers, step=step, compensation=compensation)
-    if dispatch.uses_triton([*p, *left, *right, *step, *compensation]):
+    chosen = dispatch.implementation(
+        p, [*left, *right, *step, *compensation], not_native=_BUFFER if step else None
+    )
+    if chosen == "native":
+        return native.apply(pieces, weights)
+    if chosen == "triton":
         from safeopt_kernels import lowrank
 
         for group in _groups(pieces):
             lowrank.apply(group, weights, way, bits, backend=dispatch.backend())
-        return
+        return None
     for piece in pieces:
         blocked.apply_(piece, weights, way, bits)
+    return None
 
 
 @_apply.register_fake
@@ -310,7 +323,8 @@ def _onesided(
     adamw = AdamW(lr, beta1, beta2, eps, weight_decay, t)
     way, bits = ROUNDINGS[rounding], Seed(seed, seed_step)
     piece = Piece(p, g=g, m=m, v=v, compensation=compensation[0] if compensation else None)
-    if dispatch.uses_triton([p, g, m, v, basis, *compensation]):
+    others = [g, m, v, basis, *compensation]
+    if dispatch.implementation([p], others, not_native="it has no one-sided step") == "triton":
         from safeopt_kernels import onesided
 
         return onesided.step(piece, basis, adamw, way, bits, backend=dispatch.backend())

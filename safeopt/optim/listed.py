@@ -36,31 +36,34 @@ def takes_lists(optimizer: Optimizer, guard: StepGuard, precision: Precision) ->
     Raises:
         RuntimeError: kernels were asked for by name and cannot do this step.
     """
-    chosen = dispatch.mode()
-    if chosen == "reference":
+    wanted = dispatch.mode()
+    if wanted == "reference":
         return False
-    obstacle = _obstacle(optimizer, guard, precision)
-    if obstacle is not None and chosen == "triton":
-        raise RuntimeError(
-            f"{dispatch.VARIABLE}=triton was asked for, but {obstacle}; unset "
-            f"{dispatch.VARIABLE} to fall back to the reference"
-        )
-    return obstacle is None
-
-
-def _obstacle(optimizer: Optimizer, guard: StepGuard, precision: Precision) -> str | None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = [local(t) for p in parameters for t in (p, p.grad) if t is not None]
+    obstacle = _obstacle(optimizer, guard, precision, parameters)
+    if obstacle is not None:
+        if wanted != "auto":
+            dispatch.raise_unmet(wanted, obstacle)
+        return False
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    not_native = None if precision.rounding == "nearest" else f"it rounds no {precision.rounding}"
+    local_ones = [local(p) for p in parameters]
+    return dispatch.implementation(local_ones, gradients, not_native=not_native) != "reference"
+
+
+def _obstacle(
+    optimizer: Optimizer, guard: StepGuard, precision: Precision, parameters: list[Tensor]
+) -> str | None:
     for option in _OPTIONS:
         if any(group[option] for group in optimizer.param_groups):
             return f"the kernels know no {option}=True"
     if not isinstance(guard, Guard):
         return f"a {type(guard).__name__} corrects matrices one by one"
-    if any(t.is_sparse for t in tensors):
+    if any(p.grad is not None and local(p.grad).is_sparse for p in parameters):
         return "a gradient is sparse"
     if precision.rounding == "stochastic" and {p.dtype for p in parameters} != {torch.bfloat16}:
         return "stochastic rounding is for bfloat16 weights and some are of another dtype"
-    return dispatch.obstacle_to_triton(tensors)
+    return None
 
 
 @torch._disable_dynamo  # as the reference: a refresh cannot be traced

@@ -1,0 +1,68 @@
+// AdamW less a low-rank part, for CPUs with AVX512-BF16 and AMX tiles: two passes over memory.
+//
+// Pass 1 steps a strip of 16 rows and puts the step aside in bf16, and meanwhile multiplies the
+// strip before it with the right factors; pass 2 subtracts a strip's low-rank part, and meanwhile
+// multiplies the next columns. So the tile unit works while the other waits for memory. A float32
+// number x goes into a product as hi + lo with hi = bf16(x), lo = bf16(x - hi), and a product is
+// hi hi + lo hi + hi lo, summed in float32: 16 bits of each factor count. Every strip has sums of
+// its own, added in their order afterwards: no bit depends on the number of threads.
+//
+// Plain C functions at the end, called through ctypes: compiling this takes a second or two.
+
+#include "apply.h"
+
+extern "C" {
+
+// Ask the kernel for the tile registers; 0 if it gives them.
+int prepare() { return static_cast<int>(syscall(SYS_arch_prctl, 0x1023, 18)); }
+
+// Update m and v, p <- p + s; add <G_i, s> to c (anchors,) and the squared length of s to the last.
+void propose(const Matrix *matrices, int64_t count, int64_t anchors, const Scalars *scalars,
+             int threads, double *c, double *squared_norm) {
+  const auto groups = grouped<Propose>(matrices, count);
+  int64_t rank = 0, cols = 0;
+  for (int64_t i = 0; i < count; i++) {
+    rank = std::max(rank, matrices[i].rank);
+    if (!is_flat(matrices[i])) cols = std::max(cols, Propose::deep(matrices[i]));
+  }
+  Proposed shared{*scalars,
+                  anchors,
+                  rank + 1,
+                  c,
+                  squared_norm,
+                  Halves(largest(groups, &Group::packed)),
+                  Buffer<double>(largest(groups, &Group::strips) * (rank + 1)),
+                  cols};
+  run<Propose>(groups, threads, shared);
+}
+
+// p <- p - sum_i a_i G_i.
+void apply(const Matrix *matrices, int64_t count, int64_t anchors, const float *weights,
+           int threads) {
+  const auto groups = grouped<Apply>(matrices, count);
+  int64_t rank = 0;
+  for (int64_t i = 0; i < count; i++) rank = std::max(rank, matrices[i].rank);
+  Applied shared{weights, anchors, rank, Halves(largest(groups, &Group::packed))};
+  run<Apply>(groups, threads, shared);
+}
+
+// 1 if every number of all arrays is finite.
+int all_finite(const float *const *arrays, const int64_t *sizes, int64_t count, int threads) {
+  int found = 0;
+#pragma omp parallel num_threads(threads) reduction(| : found)
+  for (int64_t i = count; i-- > 0;) {  // the first ones are wanted next
+    __m512 sum = _mm512_setzero_ps();
+#pragma omp for schedule(static) nowait
+    for (int64_t block = 0; block < blocks(sizes[i], kFlat); block++) {
+      const int64_t end = std::min(sizes[i], (block + 1) * kFlat);
+      for (int64_t j = block * kFlat; j < end; j += kSide) {
+        const __m512 x = _mm512_maskz_loadu_ps(mask(end - j), arrays[i] + j);
+        ask(arrays[i] + j + 512);
+        sum = _mm512_fmadd_ps(x, _mm512_setzero_ps(), sum);  // 0, or NaN
+      }
+    }
+    found |= _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
+  }
+  return found == 0;
+}
+}

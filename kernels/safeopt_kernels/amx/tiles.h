@@ -1,0 +1,158 @@
+// Matrices, and what registers and tiles do with 16 rows or 16 numbers of them.
+#pragma once
+
+#include <immintrin.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+#include <vector>
+
+extern "C" {
+
+// A matrix p (rows, cols) of a list, row by row, with factors left (rank, rows), right (rank, cols).
+struct Matrix {
+  float *p;
+  const float *g;
+  float *m, *v;
+  const float *left, *right;
+  int64_t rows, cols, rank;  // rank: of all anchors together, N q
+};
+
+struct Scalars {
+  float decay, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, root_correction, eps;
+};
+}
+
+namespace {
+
+constexpr int64_t kSide = 16;             // rows of a tile, and numbers of a vector
+constexpr int64_t kTile = 512;            // bf16 numbers of a tile: 16 rows of 32
+constexpr int64_t kApart = kTile + 32;    // between tiles that would else share cache sets
+constexpr int64_t kFlat = 4096;           // numbers of a block of what has no matrix products
+constexpr int64_t kGroup = 1 << 17;       // packed numbers of the matrices that are done together
+constexpr int64_t kAhead = 256;            // numbers that memory is asked for beforehand
+
+int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+__mmask16 mask(int64_t left) {
+  return left >= kSide ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+}
+
+void ask(const void *address) {
+  _mm_prefetch(static_cast<const char *>(address), _MM_HINT_T1);
+}
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    const size_t bytes = blocks(size * sizeof(T) + 1, 4096) * 4096;
+    data_ = static_cast<T *>(aligned_alloc(4096, bytes));
+    if (data_ == nullptr) abort();
+    memset(data_, 0, bytes);
+  }
+  Buffer(Buffer &&other) : data_(std::exchange(other.data_, nullptr)) {}
+  Buffer &operator=(Buffer &&other) {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() { free(data_); }
+  T *at(int64_t i) { return data_ + i; }
+
+ private:
+  T *data_;
+};
+
+// hi and lo of the same numbers.
+struct Halves {
+  explicit Halves(int64_t size) : hi(size), lo(size) {}
+  Buffer<uint16_t> hi, lo;
+};
+
+struct Pair {
+  __m512i hi, lo;
+};
+
+__m512 widened(__m256i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
+
+Pair split(__m512 first, __m512 second) {
+  const __m512i hi = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const __m512 rest = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(hi)));
+  const __m512 other = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(hi, 1)));
+  return {hi, (__m512i)_mm512_cvtne2ps_pbh(other, rest)};
+}
+
+// a0 .. a15 b0 .. b15 -> a0 b0 a1 b1 ..
+__m512i zipped(__m512i halves) {
+  const __m512i even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+  const __m512i odd = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+  return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+}
+
+void transpose(__m512i r[kSide]) {  // 16 x 16 words
+  __m512i t[kSide];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int k = 0; k < 2; k++) {
+      r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    for (int k = 0; k < 16; k += 8) {
+      t[i + k] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0x88);
+      t[i + k + 4] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0xdd);
+    }
+  }
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+void store_tile(__m512i rows[kSide], uint16_t *tile) {
+  transpose(rows);
+  for (int i = 0; i < kSide; i++) _mm512_store_si512(tile + 32 * i, rows[i]);
+}
+
+void configure_tiles() {  // eight tiles of 16 rows of 64 bytes
+  struct {
+    uint8_t palette = 1, start = 0, unused[14] = {};
+    uint16_t width[16] = {};
+    uint8_t rows[16] = {};
+  } tiles;
+  for (int i = 0; i < 8; i++) tiles.width[i] = 64, tiles.rows[i] = 16;
+  _tile_loadconfig(&tiles);
+}
+
+// One vector of AdamW; returns the step that was stored, p_after - p_before.
+inline __m512 adamw(const Matrix &x, int64_t at, __mmask16 k, const Scalars &a) {
+  const __m512 p = _mm512_maskz_loadu_ps(k, x.p + at), g = _mm512_maskz_loadu_ps(k, x.g + at);
+  __m512 m = _mm512_maskz_loadu_ps(k, x.m + at), v = _mm512_maskz_loadu_ps(k, x.v + at);
+  m = _mm512_fmadd_ps(m, _mm512_set1_ps(a.beta1),
+                      _mm512_mul_ps(g, _mm512_set1_ps(a.one_minus_beta1)));
+  v = _mm512_fmadd_ps(v, _mm512_set1_ps(a.beta2),
+                      _mm512_mul_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(a.one_minus_beta2)));
+  const __m512 root = _mm512_mul_ps(_mm512_sqrt_ps(v), _mm512_set1_ps(1 / a.root_correction));
+  const __m512 denominator = _mm512_add_ps(root, _mm512_set1_ps(a.eps));
+  const __m512 step = _mm512_div_ps(_mm512_mul_ps(m, _mm512_set1_ps(-a.step_size)), denominator);
+  const __m512 after = _mm512_add_ps(p, _mm512_fnmadd_ps(p, _mm512_set1_ps(a.decay), step));
+  _mm512_mask_storeu_ps(x.m + at, k, m);
+  _mm512_mask_storeu_ps(x.v + at, k, v);
+  _mm512_mask_storeu_ps(x.p + at, k, after);
+  return _mm512_maskz_sub_ps(k, after, p);
+}
+
+}  // namespace
