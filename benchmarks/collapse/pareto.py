@@ -123,7 +123,7 @@ def pareto_table(plan: SuitePlan, results: Sequence[Facts], ours: str = "safe") 
     ]
     found = curves(plan, results)
     own = next((c for c in found if c.method == ours), None)
-    order = sorted(found, key=lambda c: -_point(c))
+    order = sorted(found, key=lambda c: -volume(c))
     if not found:
         return "Not run yet."
     rows = [heads, ["---"] * len(heads)]
@@ -146,10 +146,11 @@ def _row(curve: Curve, own: Curve | None, found: Sequence[Curve], costs: list[st
     ]
 
 
-def _point(curve: Curve) -> float:
-    equal = seed_weights(len(curve.seeds))[:1]
-    plain = replace(curve, asr=Shares(curve.asr.rates, None))
-    return float(volumes(plain, equal, balanced=False)[0])
+def volume(curve: Curve, *, balanced: bool = False) -> float:
+    """The hypervolume itself, without its bootstrap."""
+    asr, over = (Shares(shares.rates, None) for shares in (curve.asr, curve.over_refusal))
+    plain = replace(curve, asr=asr, over_refusal=over)
+    return float(volumes(plain, seed_weights(len(curve.seeds))[:1], balanced=balanced)[0])
 
 
 def _figure(curve: Curve, *, balanced: bool) -> str:

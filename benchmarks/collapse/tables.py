@@ -13,6 +13,7 @@ from benchmarks.collapse.agreement import agreement_table, result_path
 from benchmarks.collapse.pareto import pareto_table
 from benchmarks.collapse.results import FOLDER, load_all
 from benchmarks.collapse.variants import SWEEP, SuitePlan, read_plan
+from benchmarks.collapse.verdicts import verdict_table
 from benchmarks.markdown import fill
 from safeopt.files import write_text
 
@@ -98,6 +99,7 @@ def parts_of(suite: str, folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
         yield f"{suite}-{group}", table(plan, results, group)
     if plan.sweep is not None:
         yield f"{suite}-pareto", pareto_table(plan, results)
+        yield f"{suite}-verdicts", verdict_table(plan, results)
     yield f"{suite}-machine", machines(results)
     agreement = result_path(suite, folder)
     if agreement.exists():
