@@ -36,7 +36,7 @@ constexpr int64_t kSide = 16;             // rows of a tile, and numbers of a ve
 constexpr int64_t kTile = 512;            // bf16 numbers of a tile: 16 rows of 32
 constexpr int64_t kApart = kTile + 32;    // between tiles that would else share cache sets
 constexpr int64_t kFlat = 4096;           // numbers of a block of what has no matrix products
-constexpr int64_t kGroup = 1 << 17;       // packed numbers of the matrices that are done together
+constexpr int64_t kGroup = 1 << 19;       // packed numbers of the matrices that are done together
 constexpr int64_t kAhead = 256;            // numbers that memory is asked for beforehand
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
