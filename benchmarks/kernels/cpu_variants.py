@@ -30,11 +30,13 @@ from torch import Tensor
 from safeopt.environment import environment
 from safeopt.files import write_json
 from safeopt_kernels import dispatch, ops
+from safeopt_kernels import native as kernels
 from safeopt_kernels.settings import AdamW
 
 ADAMW = AdamW(lr=1e-6, weight_decay=0.0, step=3)
 BF16 = torch.bfloat16
 BASE = "fused AdamW, no guard"
+NATIVE = "strips in C++, bf16 products of halves"
 
 
 @dataclass
@@ -209,8 +211,42 @@ VARIANTS: dict[str, Callable[[Problem], Tensor | None]] = {
     "whole matrices, oneDNN's bf16 mode": bf16_mode,
     "whole matrices, bf16 products": bf16_products,
     "compiled blocks, bf16 products": compiled,
-    "strips in C++, bf16 products of halves": native,
+    NATIVE: native,
 }
+
+
+def parts_of(problem: Problem) -> dict[str, Callable[[], object]]:
+    """What the step in C++ consists of, each beside the plain pass over the same bytes."""
+    p, factors = problem.p, (problem.left, problem.right)
+    lists = (p, problem.g, problem.m, problem.v)
+    none = ([x[:, :0] for x in problem.left], [x[:, :0] for x in problem.right])
+    count = len(problem.weights)
+    return {
+        "gradients looked at": lambda: kernels.all_finite(problem.g),
+        "pass 1 without factors": lambda: ops.adamw_propose_(*lists, *none, count, ADAMW),
+        "pass 1": lambda: ops.adamw_propose_(*lists, *factors, count, ADAMW),
+        "p <- p + 0": lambda: torch._foreach_add_(p, 0.0),
+        "pass 2": lambda: ops.low_rank_apply_(p, *factors, problem.weights),
+    }
+
+
+def measure_parts(problem: Problem, repeats: int) -> dict[str, float]:
+    """Seconds of the clock of every part over those of fused AdamW, medians of paired turns."""
+    parts, ratios = parts_of(problem), dict[str, list[float]]()
+    with patch.dict("os.environ", {dispatch.VARIABLE: "native"}):
+        for turn in range(repeats + 2):
+            base = _clocked(lambda: fused(problem))
+            for name, part in parts.items():
+                ratio = _clocked(part) / base
+                if turn > 1:
+                    ratios.setdefault(name, []).append(ratio)
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def _clocked(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def error_of(variant: Callable[[Problem], Tensor | None], problem: Problem) -> float:
@@ -261,11 +297,16 @@ def main(argv: Sequence[str]) -> int:
     torch.manual_seed(0)
     with torch.no_grad():
         ways = [name for name in VARIANTS if name not in args.without]
-        found = measure(Problem.random(args.layers, args.width, 8, 8), args.repeats, ways)
+        problem = Problem.random(args.layers, args.width, 8, 8)
+        found = measure(problem, args.repeats, ways)
+        if NATIVE in ways:
+            found["parts_over_fused"] = measure_parts(problem, 4 * args.repeats)
     command = f"python -m benchmarks.kernels.cpu_variants {' '.join(argv)}"
     write_json(args.output, {"command": command, "environment": environment(), **found})
     for name, ratio in found["over_fused"].items():
         print(f"{name:40s} {ratio:6.2f}  {found['coefficient_error'].get(name, 0.0):.1e}")
+    for name, ratio in found.get("parts_over_fused", {}).items():
+        print(f"  {name:38s} {ratio:6.2f}")
     return 0
 
 
