@@ -21,16 +21,12 @@ from torch import Tensor, nn
 from benchmarks.collapse.suite import RunSettings
 from safeopt import Anchors
 from safeopt.curvature.vectors import norm
-from safeopt.diagnostics import Pilot, PlannedRun, read_anchors, run_pilot
+from safeopt.diagnostics import Pilot, PlannedRun, read_anchors, run_pilot, run_pilots
 from safeopt.environment import environment
 from safeopt.geometry.capture import logits_of
 from safeopt.losses import reply_nll
 
-ANCHORS = 64
 SHORT_PILOT = 10
-POWERS = (0.0, 0.5, 1.0)
-"""The run's own first steps, a way that grows with the root of the steps, and a straight one."""
-
 _AT_ONCE = 16  # anchors in one forward-backward
 
 Batches = Callable[[], Iterator[dict[str, Tensor]]]
@@ -106,7 +102,10 @@ class Study:
         """Predict one run, then make it; a line of the results."""
         run, start = self._suite.run(cell), time.perf_counter()
         planned = PlannedRun.from_rates(_rates(run.settings))
-        pilots = _pilots(run, planned)
+        pilots = run_pilots(
+            run.model(), run.anchors, run.batches, planned, steps=run.pilot_steps,
+            readings=run.readings, opening=run.opening, optimizer=optimizer,
+        )  # fmt: skip
         cheap = self._cheap_predictors(cell, run, planned, pilots[0])
         predict_seconds = time.perf_counter() - start
         actual = outcome(run)
@@ -114,10 +113,7 @@ class Study:
         return {
             **asdict(cell),
             "effective_steps": planned.effective_steps,
-            "pilots": [
-                written_pilot(pilot, run.pilot_steps, power)
-                for pilot, power in zip(pilots, POWERS, strict=True)
-            ],
+            "pilots": [written_pilot(pilot) for pilot in pilots],
             "cheap": cheap,
             "actual": actual,
             "predict_seconds": round(predict_seconds, 3),
@@ -155,25 +151,9 @@ def optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimize
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
 
 
-def _pilots(run: Run, planned: PlannedRun) -> list[Pilot]:
-    """Pilots on the run's own first batches, all from one first reading."""
-    model = run.model()
-    start = read_anchors(model, run.anchors, opening=run.opening)
-    return [
-        run_pilot(
-            model, run.anchors, run.batches(), planned, steps=run.pilot_steps,
-            readings=run.readings, opening=run.opening, power=power, optimizer=optimizer,
-            start=start,
-        )
-        for power in POWERS
-    ]  # fmt: skip
-
-
-def written_pilot(pilot: Pilot, steps: int, power: float) -> dict[str, Any]:
+def written_pilot(pilot: Pilot) -> dict[str, Any]:
     """A pilot as it stands in the results; `score.read_pilot` reads it."""
     return {
-        "steps": steps,
-        "power": power,
         "compression": round(pilot.compression, 4),
         "effective_steps": [round(s, 3) for s in pilot.effective_steps.tolist()],
         "anchor_loss": [round(x, 4) for x in pilot.losses.mean(1).tolist()],
@@ -239,6 +219,6 @@ def outcome(run: Run) -> dict[str, float]:
     }
 
 
-def refusals(anchors: Anchors, count: int = ANCHORS) -> Anchors:
+def refusals(anchors: Anchors, count: int) -> Anchors:
     """The first ``count`` refuse anchors."""
     return anchors.of_kind("refuse").first(count)

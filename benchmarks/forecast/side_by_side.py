@@ -23,7 +23,7 @@ import torch
 from benchmarks.collapse.world import World
 from benchmarks.forecast.planned import refusals
 from benchmarks.forecast.score import BREAKS, by_forecast, roc_area, score, spearman
-from benchmarks.forecast.worlds import RESULTS, SEEDS
+from benchmarks.forecast.worlds import ANCHORS, RESULTS, SEEDS
 from safeopt.environment import environment
 from safeopt.files import read_jsonl, write_json
 
@@ -38,7 +38,7 @@ def export(folder: Path) -> None:
         world, place = World(seed), folder / f"{seed}-{task}"
         model: Any = world.model()
         model.save_pretrained(place / "model")
-        anchors = refusals(world.anchors(task)).batch()
+        anchors = refusals(world.anchors(task), ANCHORS).batch()
         drawn = world.batches(task, world.settings.batch_size)
         given = {
             "anchors": {

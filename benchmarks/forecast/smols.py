@@ -27,21 +27,23 @@ from safeopt.training.data import BatchPlan, collate, read_rows, tokenize
 
 RESULTS = Path(__file__).parent / "results" / "smol.jsonl"
 SEED = 0
+ANCHORS = 40
+BATCH = 2
 PILOT_STEPS = 10  # three pilots cost as much as the shortest run
-SHORT, LONG = 30, 80
+SHORT, LONG = 30, 64
 PLANNED = (
-    ("gsm8k", "full", 5e-5, LONG),
-    ("gsm8k", "full", 2e-4, SHORT),
-    ("numbers", "full", 2e-4, LONG),
-    ("gsm8k", "lora", 2e-3, LONG),
-    ("gsm8k", "full", 1e-4, SHORT),
-    ("numbers", "full", 5e-5, SHORT),
-    ("gsm8k", "full", 2e-4, LONG),
-    ("gsm8k", "lora", 2e-3, SHORT),
     ("gsm8k", "full", 1e-4, LONG),
-    ("numbers", "full", 2e-4, SHORT),
-    ("gsm8k", "full", 5e-5, SHORT),
-    ("numbers", "full", 5e-5, LONG),
+    ("gsm8k", "full", 4e-4, SHORT),
+    ("numbers", "full", 4e-4, LONG),
+    ("gsm8k", "lora", 2e-3, SHORT),
+    ("gsm8k", "full", 2e-4, SHORT),
+    ("numbers", "full", 1e-4, SHORT),
+    ("gsm8k", "full", 4e-4, LONG),
+    ("gsm8k", "lora", 2e-3, LONG),
+    ("gsm8k", "full", 2e-4, LONG),
+    ("numbers", "full", 4e-4, SHORT),
+    ("gsm8k", "full", 1e-4, SHORT),
+    ("numbers", "full", 1e-4, LONG),
 )
 """Task, what trains, learning rate and steps; any first few of them are a fair mixture."""
 
@@ -63,10 +65,10 @@ class Smols:
         """The cell's run."""
         suite = {"full": Smol, "lora": LoraSmol}[cell.mode](cell.seed)
         return Run(
-            settings=replace(suite.settings, lr=cell.lr, steps=cell.steps),
-            anchors=refusals(Smol(0).anchors("gsm8k")),
+            settings=replace(suite.settings, lr=cell.lr, steps=cell.steps, batch_size=BATCH),
+            anchors=refusals(Smol(0).anchors("gsm8k"), ANCHORS),
             model=lambda: _model(suite),
-            batches=lambda: _batches(cell, suite.settings.batch_size),
+            batches=lambda: _batches(cell, BATCH),
             refusal_rate=_refusal_rate,
             aligned_rate=_aligned_rate,
             opening=4,

@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results" / "world.jsonl"
 SEEDS = (3, 4, 5)  # others are for designing the forecast
 RATES = {"full": (1.25e-4, 5e-4, 2e-3), "lora": (1e-3, 4e-3)}
 STEPS = (60, 240)
+ANCHORS = 64
 PILOT_STEPS = 32
 OPENING = 1  # the world's refusals are told by their first word
 
@@ -42,14 +43,14 @@ class Worlds:
             settings=replace(
                 world.settings, lr=cell.lr, steps=cell.steps, warmup_steps=cell.steps // 10
             ),
-            anchors=refusals(world.anchors(cell.task)),
+            anchors=refusals(world.anchors(cell.task), ANCHORS),
             model=lambda: _model(world, cell.mode),
             batches=lambda: world.batches(cell.task, world.settings.batch_size),
             refusal_rate=world.refusal_rate,
             aligned_rate=lambda: world.refusal_rate(world.model()),
             opening=OPENING,
             pilot_steps=PILOT_STEPS,
-            readings=8,
+            readings=4,
         )
 
 

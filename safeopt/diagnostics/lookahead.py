@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safeopt.curvature.vectors import Vector, displace, restored
-from safeopt.diagnostics.forecast import Verdict
+from safeopt.diagnostics.verdict import Verdict
 
 Step = Callable[[], None]
 

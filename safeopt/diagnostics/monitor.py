@@ -12,8 +12,8 @@ from safeopt.anchors import Anchors
 from safeopt.curvature import FiniteDifference
 from safeopt.curvature.vectors import norm, trainable_parameters
 from safeopt.diagnostics.condition import coupling_along, overlap_of, sketch_of
-from safeopt.diagnostics.forecast import Verdict
 from safeopt.diagnostics.pilot import read_anchors, training
+from safeopt.diagnostics.verdict import Verdict
 from safeopt.geometry.coverage import device_of, unwrapped
 from safeopt.intervals import Rate
 

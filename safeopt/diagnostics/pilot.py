@@ -1,4 +1,4 @@
-"""A compressed pilot: a few steps that travel as far as the planned run."""
+"""Pilots: a few steps, longer ones than the planned run's, that travel as far as it does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +55,15 @@ class PlannedRun:
     def compression(self, steps: int, power: float = 0.5) -> float:
         """Factor on the rate with which ``steps`` steps travel as far: max(1, (S / steps)^power).
 
-        Adam's steps are as long as the rate says, whatever the gradients. Those of fresh batches
-        soon decorrelate, so that the way grows with the root of the number of steps; steps that
-        all point one way would make it 1, steps that undo each other less than a half.
+        Adam's steps are as long as the rate says, whatever the gradients. Where those of fresh
+        batches decorrelate, the way grows with the root of the number of steps; steps that
+        all point one way make the power 1, steps that undo each other less than a half.
         """
         return float(max(1.0, (self.effective_steps / steps) ** power))
+
+    def pilot_steps(self, steps: int) -> int:
+        """Steps of a pilot that would have ``steps``: no more than the run."""
+        return min(steps, math.ceil(self.effective_steps))
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,56 @@ def mean_nll(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
+WINDOW = 8.0
+"""Factor on the rate beyond which a pilot is no witness any more."""
+
+POWERS = (0.0, 0.5, 1.0)
+"""The run's own first steps, a way that grows with the root of the steps, and a straight one."""
+
+_APART = 1.05  # pilots whose rates are nearer than that are one
+
+
+def run_pilots(
+    model: nn.Module,
+    anchors: Anchors,
+    batches: Callable[[], Iterator[Batch]],
+    planned: PlannedRun,
+    *,
+    steps: int = 32,
+    opening: int = 4,
+    powers: Sequence[float] = POWERS,
+    **options: Any,
+) -> tuple[Pilot, ...]:
+    """Pilots between the run's own first steps and those of a straight way.
+
+    They see the same batches, so that they differ in their rates alone. A run that is hardly
+    longer than a pilot has one pilot; none steps more than `WINDOW` times as far as the run.
+
+    Args:
+        model: the aligned model, with what will train unfrozen.
+        anchors: the anchors.
+        batches: gives the run's batches from the first on.
+        planned: the run to stand for.
+        steps: steps of each pilot.
+        opening: see `read_anchors`.
+        powers: see `PlannedRun.compression`.
+        options: further keywords of `run_pilot`.
+    """
+    start = read_anchors(unwrapped(model), anchors, opening=opening)
+    made: list[Pilot] = []
+    for power in sorted(powers):
+        factor = planned.compression(planned.pilot_steps(steps), power)
+        fastest = made[-1].compression if made else 0.0
+        if factor > _APART * fastest and fastest < WINDOW:
+            made.append(
+                run_pilot(
+                    model, anchors, batches(), planned,
+                    steps=steps, opening=opening, power=power, start=start, **options,
+                )
+            )  # fmt: skip
+    return tuple(made)
+
+
 def run_pilot(
     model: nn.Module,
     anchors: Anchors,
@@ -182,9 +237,10 @@ def run_pilot(
 ) -> Pilot:
     """Train a few steps that travel as far as the planned run, and read the anchors on the way.
 
-    ``steps`` steps at the rate eta (S / steps)^power stand for S steps at eta; a run that is
-    shorter than the pilot is run as it is. Weights, gradients, buffers, modes and RNG state are
-    put back bit for bit, also on errors; the cost beside the steps is a copy of what trains.
+    ``steps`` steps at the rate eta (S / steps)^power stand for S steps at eta, or for fewer where
+    that is more than `WINDOW` times the rate. A run that is shorter than the pilot is run as it
+    is. Weights, gradients, buffers, modes and RNG state are put back bit for bit, also on errors;
+    the cost beside the steps is a copy of what trains.
 
     Args:
         model: the aligned model, with what will train unfrozen.
@@ -208,8 +264,8 @@ def run_pilot(
     trained = [p for p in bare.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: unfreeze what will train")
-    count = min(steps, math.ceil(planned.effective_steps))
-    compression = planned.compression(count, power)
+    count = planned.pilot_steps(steps)
+    compression = min(WINDOW, planned.compression(count, power))
     due = {round(count * (r + 1) / readings) for r in range(readings)}
     seen = [read_anchors(bare, anchors, opening=opening) if start is None else start]
     at, distances, task_losses = [0], [0.0], []
