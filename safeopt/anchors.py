@@ -153,6 +153,11 @@ class Anchors:
         """The first ``count`` anchors, or all of fewer."""
         return Anchors(self.input_ids[:count], self.labels[:count], self.kinds[:count])
 
+    def every(self, step: int, start: int = 0) -> Anchors:
+        """Every ``step``-th anchor, beginning with ``start``."""
+        chosen = slice(start, None, step)
+        return Anchors(self.input_ids[chosen], self.labels[chosen], self.kinds[chosen])
+
     def batch(self, indices: Sequence[int] | None = None) -> AnchorBatch:
         """Collate the chosen anchors (all by default) into one right-padded batch."""
         chosen = range(len(self)) if indices is None else indices

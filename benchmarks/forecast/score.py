@@ -95,45 +95,50 @@ def read_pilot(row: Row, written: Mapping[str, Any]) -> Pilot:
     )
 
 
-def forecast_of(row: Row, powers: Sequence[float] = (0.3, 0.5, 0.7)) -> Forecast:
+def forecast_of(row: Row) -> Forecast:
     """The forecast that ``safeopt diagnose`` makes of the same pilots."""
-    return forecast([read_pilot(row, p) for p in row["pilots"] if p["power"] in powers])
+    return forecast(_pilots(row))
+
+
+def _pilots(row: Row) -> list[Pilot]:
+    return [read_pilot(row, written) for written in row["pilots"]]
 
 
 def by_forecast(row: Row) -> float:
-    """The forecast share of lost anchors; the forecast loss decides between equals."""
-    made = forecast_of(row)
-    return float(made.lost[-1]) + 1e-6 * float(made.anchor_loss[-1])
+    """The forecast share of lost anchors."""
+    return float(forecast_of(row).lost[-1])
 
 
-def _by(read: Callable[[Forecast], float], *powers: float) -> Callable[[Row], float]:
-    return lambda row: read(forecast_of(row, powers))
+def _by_half(row: Row) -> float:
+    """The pilot whose way grows with the root of the steps, alone."""
+    pilots = _pilots(row)
+    return float((~pilots[len(pilots) // 2].kept[-1]).double().mean())
 
 
-def _chance(row: Row) -> float:
+def _by_mean(row: Row) -> float:
+    return float(np.mean([float((~pilot.kept[-1]).double().mean()) for pilot in _pilots(row)]))
+
+
+def _by_chance(row: Row) -> float:
     return 1 - float(np.mean([p["chance"][-1] / p["chance"][0] for p in row["pilots"]]))
 
 
-def _loss(made: Forecast) -> float:
-    return float(made.anchor_loss[-1])
+def _by_loss(row: Row) -> float:
+    return float(forecast_of(row).anchor_loss[-1])
 
 
-def _lost(made: Forecast) -> float:
-    return float(made.lost[-1]) + 1e-6 * _loss(made)
-
-
-def _with_upper_end(made: Forecast) -> float:
+def _with_tie_breaks(row: Row) -> float:
+    made = forecast_of(row)
     return float(made.lost[-1]) + 1e-6 * float(made.high[-1])
 
 
 PREDICTORS: Mapping[str, Callable[[Row], float]] = {
-    "**forecast**: anchors lost, mean of three pilots": by_forecast,
-    "anchors lost, ties by the interval's upper end": lambda row: _with_upper_end(forecast_of(row)),
-    "anchors lost, power 0.3 alone": _by(_lost, 0.3),
-    "anchors lost, power 0.5 alone": _by(_lost, 0.5),
-    "anchors lost, power 0.7 alone": _by(_lost, 0.7),
-    "probability of the openings, three pilots": _chance,
-    "anchor loss, three pilots": _by(_loss, 0.3, 0.5, 0.7),
+    "**forecast**: anchors lost at the measured power": by_forecast,
+    "... ties by the interval's upper end": _with_tie_breaks,
+    "anchors lost at power a half": _by_half,
+    "anchors lost, mean of the pilots": _by_mean,
+    "probability of the openings, mean of the pilots": _by_chance,
+    "anchor loss at the measured power": _by_loss,
     "learning rate x steps": lambda row: float(row["cheap"]["accumulated_rate"]),
     "... x gradient norm": lambda row: float(row["cheap"]["gradient_norm"]),
     "... x cosine with the anchors": lambda row: float(row["cheap"]["gradient_cosine"]),

@@ -14,8 +14,9 @@ from safeopt.diagnostics.condition import Condition
 from safeopt.diagnostics.forecast import Forecast
 from safeopt.diagnostics.lookahead import Estimate
 from safeopt.diagnostics.pilot import Pilot, PlannedRun
+from safeopt.diagnostics.suggestions import GuardedPilot, suggestions
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def as_dict(
@@ -23,6 +24,7 @@ def as_dict(
     planned: PlannedRun | None = None,
     pilots: Sequence[Pilot] = (),
     condition: Condition | None = None,
+    guarded: GuardedPilot | None = None,
 ) -> dict[str, Any]:
     """A JSON document; ``schema`` changes when its fields do.
 
@@ -31,6 +33,7 @@ def as_dict(
         planned: the run, for accumulated learning rates and suggestions.
         pilots: what the forecast was made of, for the exponent of the onset.
         condition: the Alignment Instability Condition.
+        guarded: what a guard would make of the run.
     """
     curve = {
         name: _rounded(getattr(forecast, name))
@@ -42,12 +45,16 @@ def as_dict(
         "reason": forecast.reason,
         "tolerance": forecast.tolerance,
         "first_step_over": forecast.first_step_over(),
+        "power": _estimate(forecast.power),
         "curve": curve,
     }
     if planned is not None:
         rates = forecast.effective_steps * planned.learning_rate
         curve["accumulated_rate"] = _rounded(rates)
-        document["suggestions"] = suggestions(forecast, planned)
+        scores = () if condition is None else condition.row_scores
+        document["suggestions"] = suggestions(forecast, planned, guarded, scores)
+    if guarded is not None:
+        document["guarded"] = _guarded(guarded)
     if pilots:
         document["onset"] = onset(pilots)
     if condition is not None:
@@ -57,33 +64,6 @@ def as_dict(
 
 def _rounded(values: Tensor) -> list[float]:
     return [float(f"{float(value):.6g}") for value in values]
-
-
-def suggestions(forecast: Forecast, planned: PlannedRun) -> list[str]:
-    """What would help, with the effect that the pilots predict.
-
-    A lower rate goes less far by the same factor, and the way grows with the root of the steps: a
-    reading at S_r of S steps stands for the whole run at the rate eta sqrt(S_r / S).
-    """
-    if float(forecast.high[-1]) <= forecast.tolerance:
-        return []
-    held = torch.nonzero(forecast.high <= forecast.tolerance).flatten()
-    held = held[forecast.effective_steps[held] > 0]
-    guarded = (
-        "Train with SafeAdamW and a guard with a budget of b nats: a refresh that finds an "
-        "anchor's loss more than b above the aligned model's takes it back."
-    )
-    if len(held):
-        reading = int(held[-1])
-        share = math.sqrt(float(forecast.effective_steps[reading] / forecast.effective_steps[-1]))
-        expected, most = 100 * float(forecast.lost[reading]), 100 * float(forecast.high[reading])
-        slower = (
-            f"Lower the learning rate to {share * planned.learning_rate:.2g}: {expected:.0f} % of "
-            f"the anchors are then expected to be lost, {most:.0f} % at most."
-        )
-        return [slower, guarded]
-    unknown = "No reading of the pilots is known to be safe: lower the rate, or give more anchors."
-    return [unknown, guarded]
 
 
 def onset(pilots: Sequence[Pilot], resamples: int = 500) -> dict[str, Any]:
@@ -120,21 +100,36 @@ def _slope(x: Tensor, y: Tensor) -> float:
     return float((a * (b - b.mean())).sum() / a.square().sum())
 
 
-def _condition(condition: Condition) -> dict[str, Any]:
-    def written(estimate: Estimate) -> dict[str, float]:
-        return {name: float(f"{value:.6g}") for name, value in asdict(estimate).items()}
+def _estimate(estimate: Estimate) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in asdict(estimate).items()}
 
+
+def _guarded(guarded: GuardedPilot) -> dict[str, Any]:
+    lost = guarded.lost()
+    low, high = lost.interval()
+    return {
+        "optimizer": guarded.optimizer,
+        "budget": guarded.budget,
+        "steps": len(guarded.pilot.task_losses),
+        "anchors": lost.total,
+        "lost": round(lost.value, 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+    }
+
+
+def _condition(condition: Condition) -> dict[str, Any]:
     return {
         "spectrum": _rounded(condition.spectrum),
         "null_spectrum": _rounded(condition.null_spectrum),
         "tail": round(condition.tail, 4),
         "null_tail": round(condition.null_tail, 4),
         "rank": condition.rank,
-        "overlap": written(condition.overlap),
+        "overlap": _estimate(condition.overlap),
         "expected_overlap": float(f"{condition.expected_overlap:.6g}"),
-        "velocity": written(condition.velocity),
-        "coupling": written(condition.coupling),
-        "acceleration": written(condition.acceleration),
+        "velocity": _estimate(condition.velocity),
+        "coupling": _estimate(condition.coupling),
+        "acceleration": _estimate(condition.acceleration),
         "law_window": round(condition.law.window(), 1),
         "hessian_error": float(f"{condition.hessian_error:.3g}"),
         "modules": [asdict(module) for module in condition.modules],

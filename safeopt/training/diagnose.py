@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +21,23 @@ from safeopt.diagnostics import (
     Forecast,
     Pilot,
     PlannedRun,
+    Verdict,
     as_dict,
     forecast,
     measure_condition,
     run_pilot,
+    run_pilots,
 )
-from safeopt.diagnostics.pilot import Batch
-from safeopt.geometry.coverage import device_of
+from safeopt.diagnostics.pilot import POWERS, Batch
+from safeopt.diagnostics.suggestions import GuardedPilot
+from safeopt.geometry.coverage import device_of, find_coverage, unwrapped
 from safeopt.training import data, models, optimizers
-from safeopt.training.config import TrainConfig
+from safeopt.training.config import GUARDED, OptimizerName, TrainConfig
+from safeopt.training.launch import lent_to_accelerate, make_accelerator
 from safeopt.training.loss import nll_sum
 
-POWERS = (0.3, 0.5, 0.7)
-"""Powers of the pilots: how far a run travels is known about so well."""
-
+_READINGS = 4  # of each pilot
+_SAFE: dict[OptimizerName, OptimizerName] = {"adamw": "safe_adamw", "sgd": "safe_sgd"}
 _SKETCHED = 16  # anchors in the condition's sketch, whose size grows with them
 
 
@@ -46,9 +51,11 @@ class Diagnosis:
         planned: the run's rate and effective steps.
         steps: optimizer steps of the run.
         pilots: the pilots made.
+        guarded: a pilot under a guard, where the run is no GO.
         pilot_steps: steps of each.
         anchors: anchors read.
         rows: texts of the rows that the condition scores.
+        stages: seconds of each part.
     """
 
     forecast: Forecast
@@ -56,13 +63,16 @@ class Diagnosis:
     planned: PlannedRun
     steps: int
     pilots: tuple[Pilot, ...]
+    guarded: GuardedPilot | None
     pilot_steps: int
     anchors: int
     rows: tuple[str, ...]
+    stages: dict[str, float]
 
     def document(self) -> dict[str, Any]:
         """What report.json holds, the run's options and the machine apart."""
-        return as_dict(self.forecast, self.planned, self.pilots, self.condition) | {
+        parts = (self.forecast, self.planned, self.pilots, self.condition, self.guarded)
+        return as_dict(*parts) | {
             "steps": self.steps,
             "learning_rate": self.planned.learning_rate,
             "effective_steps_planned": self.planned.effective_steps,
@@ -70,6 +80,7 @@ class Diagnosis:
             "pilot_steps": self.pilot_steps,
             "anchors": self.anchors,
             "rows": list(self.rows),
+            "stages": {name: round(seconds, 1) for name, seconds in self.stages.items()},
         }
 
 
@@ -106,9 +117,11 @@ def diagnose(
 ) -> Diagnosis:
     """Forecast what fine-tuning as ``config`` says does to the anchors.
 
-    The forecast is of ``config.optimizer`` in one process and without its guard: that is the run
-    whose danger is asked about. The model is left as it was, but for LoRA when ``config`` asks for
-    it.
+    The forecast is of ``config.optimizer`` in one process, in its mixed precision and without its
+    guard: that is the run whose danger is asked about. If it is no GO, one more pilot trains under
+    a guard, which is given every second anchor, and is judged on the others. The condition is
+    measured in the weights' own precision, since it rests on small differences. The model is left
+    as it was, but for LoRA when ``config`` asks for it.
 
     Args:
         config: options of the run, as for `safeopt.training.train`.
@@ -117,7 +130,7 @@ def diagnose(
         rows: training rows in memory; otherwise ``config.dataset``.
         anchors: a JSONL file, or anchors in memory; otherwise ``config.anchors``. Only ``refuse``
             anchors are read.
-        powers: one pilot each, see `PlannedRun.compression`; their spread is the forecast's.
+        powers: one pilot each, see `run_pilots`.
         pilot_steps: steps of each.
         opening: reply tokens that tell a refusal.
         tolerance: share of the anchors that may be lost.
@@ -138,35 +151,115 @@ def diagnose(
     planned = PlannedRun.from_rates(learning_rates(config, steps))
     bare = models.load_model(config) if model is None else model
     bare = models.prepare_for_training(bare, config)
-    batches = _batches(examples, plan, tokenizer, device_of(bare))
-
-    def optimizer(_: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        return optimizers.build_optimizer(bare, replace(config, learning_rate=lr))
-
-    pilots = tuple(
-        run_pilot(
-            bare, refusals, batches, planned, steps=pilot_steps, readings=8, opening=opening,
-            power=power, optimizer=optimizer, loss=_mean_nll, max_norm=config.max_grad_norm or None,
-        )
-        for power in powers
-    )  # fmt: skip
-    measured = None
+    device = device_of(bare)
+    setup = _Setup(bare, config, planned, examples, plan, tokenizer, pilot_steps, opening)
+    clock = _Clock()
+    with _in_precision_of(bare, config):
+        pilots = run_pilots(
+            bare, refusals, setup.batches, planned, steps=pilot_steps, readings=_READINGS,
+            opening=opening, powers=powers, optimizer=setup.optimizer, loss=_mean_nll,
+            max_norm=config.max_grad_norm or None,
+        )  # fmt: skip
+        clock.lap("pilots")
+        made = forecast(pilots, tolerance=tolerance)
+        guarded = None
+        if made.verdict is not Verdict.GO and _can_be_guarded(bare, config, refusals):
+            guarded = setup.guarded_pilot(refusals, made.power.value)
+        clock.lap("guarded pilot")
+    measured, scored = None, _spread(len(examples), scored_rows)
     if condition:
         measured = measure_condition(
             bare, refusals.first(_SKETCHED), _as_anchors(examples[: len(refusals)][:_SKETCHED]),
-            batches, planned.learning_rate, optimizer=optimizer, loss=_mean_nll,
-            rows=[_one_row(e, device_of(bare)) for e in examples[:scored_rows]],
+            setup.batches(), planned.learning_rate, optimizer=setup.optimizer, loss=_mean_nll,
+            rows=[_one_row(examples[i], device) for i in scored],
         )  # fmt: skip
+    clock.lap("condition")
     return Diagnosis(
-        forecast=forecast(pilots, tolerance=tolerance),
+        forecast=made,
         condition=measured,
         planned=planned,
         steps=steps,
         pilots=pilots,
+        guarded=guarded,
         pilot_steps=pilot_steps,
         anchors=len(refusals),
-        rows=tuple(_text(row) for row in found[:scored_rows]) if condition else (),
+        rows=tuple(_text(found[i]) for i in scored) if condition else (),
+        stages=clock.laps,
     )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last, self.laps = time.perf_counter(), dict[str, float]()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._last, self.laps[name] = now, now - self._last
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What pilots are made of."""
+
+    model: nn.Module
+    config: TrainConfig
+    planned: PlannedRun
+    examples: Sequence[data.Example]
+    plan: data.BatchPlan
+    tokenizer: Any
+    pilot_steps: int
+    opening: int
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of the planned run, in its order."""
+        pad = self.tokenizer.pad_token_id
+        for step in itertools.count():
+            rows = [self.examples[i] for i in self.plan.indices(step)]
+            batch = data.collate(rows, 0 if pad is None else pad)
+            yield {name: tensor.to(device_of(self.model)) for name, tensor in batch.items()}
+
+    def optimizer(self, _: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        """The planned optimizer, without a guard."""
+        return optimizers.build_optimizer(self.model, replace(self.config, learning_rate=lr))
+
+    def guarded_pilot(self, anchors: Anchors, power: float) -> GuardedPilot:
+        """A pilot as far as the run goes, guarded by every second anchor, read on the others."""
+        name = _SAFE.get(self.config.optimizer, self.config.optimizer)
+        config = replace(self.config, optimizer=name, monitor="off")
+        given, held_out = anchors.every(2, 0), anchors.every(2, 1)
+
+        def optimizer(_: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+            made: Any = optimizers.build_optimizer(self.model, replace(config, learning_rate=lr))
+            made.hold(optimizers.build_guard(self.model, given, config))
+            return made  # type: ignore[no-any-return]
+
+        pilot = run_pilot(
+            self.model, held_out, self.batches(), self.planned, steps=self.pilot_steps, readings=1,
+            opening=self.opening, power=power, optimizer=optimizer, loss=_mean_nll,
+            max_norm=self.config.max_grad_norm or None,
+        )  # fmt: skip
+        kind = optimizers.KINDS[name].__name__
+        return GuardedPilot(pilot, kind, float(optimizers.guard_options(config)["budget"]))
+
+
+def _can_be_guarded(model: nn.Module, config: TrainConfig, anchors: Anchors) -> bool:
+    known = _SAFE.get(config.optimizer, config.optimizer) in GUARDED
+    return known and len(anchors) > 1 and not find_coverage(unwrapped(model)).uncovered
+
+
+@contextmanager
+def _in_precision_of(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Forward passes in the body run in the run's mixed precision."""
+    with lent_to_accelerate(model):
+        if config.mixed_precision not in (None, "no"):
+            make_accelerator(config).prepare_model(model, device_placement=False)
+        yield
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """``count`` indices over a whole data set, or all of fewer."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
 
 
 def _as_anchors(examples: Sequence[data.Example]) -> Anchors:
@@ -189,16 +282,6 @@ def _anchors(config: TrainConfig, tokenizer: Any, anchors: Anchors | str | Path 
     if path is None:
         raise ValueError("a forecast needs anchors: set `anchors` to a JSONL file, or pass them")
     return Anchors.from_jsonl(path, tokenizer)
-
-
-def _batches(
-    examples: Sequence[data.Example], plan: data.BatchPlan, tokenizer: Any, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """The batches of the planned run, in its order."""
-    pad = tokenizer.pad_token_id
-    for step in itertools.count():
-        batch = data.collate([examples[i] for i in plan.indices(step)], 0 if pad is None else pad)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _mean_nll(model: nn.Module, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from safeopt.diagnostics import Pilot, PlannedRun, as_dict, as_markdown, forecast
 from safeopt.diagnostics.html import as_html, worst_rows
+from safeopt.diagnostics.suggestions import GuardedPilot, suggestions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 WIDTHS = {"light": (1200, 0), "dark": (1200, 1), "phone": (500, 0)}
@@ -27,14 +28,19 @@ def pilots(planned: PlannedRun) -> list[Pilot]:
     steps = torch.linspace(0, planned.effective_steps, 5, dtype=torch.float64)
     chances = kept.float()
     task = torch.tensor([3.0, 2.0, 1.0])
-    return [Pilot(planned, 2.0, steps, losses, kept, chances, 2 * chances - 1, steps, task)]
+    factor = planned.compression(len(task))
+    return [Pilot(planned, factor, steps, losses, kept, chances, 2 * chances - 1, steps, task)]
+
+
+def guarded(pilot: Pilot) -> GuardedPilot:
+    return GuardedPilot(pilot, "SafeAdamW", 0.02)
 
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     planned = PlannedRun(5e-5, 100.0)
     made = pilots(planned)
-    found = as_dict(forecast(made), planned, made)
+    found = as_dict(forecast(made), planned, made, guarded=guarded(made[0]))
     estimate = {"value": 0.0213456, "low": 0.011, "high": 0.0299}
     modules = [
         {"layer": layer, "kind": kind, "mass": 0.05, "overlap": 0.01 * layer}
@@ -87,6 +93,11 @@ def test_suggested_rate_is_that_of_the_last_safe_reading() -> None:
     assert "No reading" in none_safe[0]
     lenient = as_dict(forecast(made, tolerance=0.31), planned, made)["suggestions"]
     assert f"{5e-5 * 0.25**0.5:.2g}" in lenient[0]  # the first reading, a quarter of the way
+    told = suggestions(forecast(made), planned, guarded(made[0]), [0.1, -0.3, 0.25])
+    assert "SafeAdamW and a guard with a budget of 0.02 nats" in told[1]
+    assert "lost 60 % (45 to 74 %) of 40 anchors" in told[1]
+    assert "row 3 of the 3" in told[2]
+    assert "0.25 nats" in told[2]
     assert not as_dict(forecast(made, tolerance=0.9), planned, made)["suggestions"]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safeopt.diagnostics import PlannedRun, read_anchors, run_pilot
+from safeopt.diagnostics import PlannedRun, read_anchors, run_pilot, run_pilots
 from safeopt.geometry.capture import logits_of
 from safeopt.losses import reply_nll
 from tests import zoo
@@ -166,3 +166,18 @@ def test_bad_input_is_named() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="unfreeze"):
         run_pilot(model, anchors, batches(), PlannedRun(1e-3, 9))
+
+
+def test_pilots_see_the_same_batches_and_differ_in_their_rates_alone() -> None:
+    model, anchors, seen = zoo.llama(), zoo.random_anchors(), list(batches(4))
+    planned = PlannedRun(1e-3, 36.0)
+    pilots = run_pilots(model, anchors, lambda: iter(seen), planned, steps=4, readings=2)
+    assert [p.compression for p in pilots] == pytest.approx([1, 3, 8])  # 9 is beyond the window
+    alone = run_pilot(
+        model, anchors, iter(seen), planned, steps=4, readings=2, power=0.5, opening=4
+    )
+    torch.testing.assert_close(pilots[1].losses, alone.losses)
+    assert torch.equal(pilots[1].task_losses[:1], pilots[0].task_losses[:1])
+    assert pilots[0].distances[-1] < pilots[1].distances[-1] < pilots[2].distances[-1]
+    short = PlannedRun(1e-3, 4.1)
+    assert len(run_pilots(model, anchors, lambda: iter(seen), short, steps=4, readings=1)) == 1

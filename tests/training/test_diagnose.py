@@ -59,7 +59,13 @@ def test_a_run_that_breaks_refusals_is_told_from_one_that_does_not(
     told = ask(aligned, tokenizer, harsh, pilot_steps=16)
     assert told.forecast.verdict is Verdict.NO_GO
     assert told.anchors == len(REFUSALS)
-    assert ask(aligned, tokenizer, gentle, pilot_steps=16).forecast.verdict is Verdict.GO
+    spared = ask(aligned, tokenizer, gentle, pilot_steps=16, condition=False)
+    assert spared.forecast.verdict is Verdict.GO
+    assert spared.guarded is None
+    assert told.guarded is not None
+    assert told.guarded.optimizer == "SafeAdamW"
+    assert told.guarded.lost().total == len(REFUSALS) // 2
+    assert told.guarded.lost().value < float(told.forecast.lost[-1])
 
     outcomes = {}
     for name, plan in (("harsh", harsh), ("gentle", gentle)):
@@ -69,6 +75,19 @@ def test_a_run_that_breaks_refusals_is_told_from_one_that_does_not(
         outcomes[name] = read_anchors(model, anchors(tokenizer).of_kind("refuse"))
     assert not outcomes["harsh"].kept.any()
     assert outcomes["gentle"].kept.all()
+
+
+def test_pilots_run_in_the_precision_of_the_run(aligned: nn.Module, tokenizer: Any) -> None:
+    forward = aligned.forward
+    plain, mixed = (
+        ask(
+            aligned, tokenizer, config(mixed_precision=precision), pilot_steps=4, condition=False
+        ).pilots
+        for precision in ("no", "bf16")
+    )
+    assert not torch.equal(plain[0].losses[0], mixed[0].losses[0])
+    torch.testing.assert_close(plain[0].losses[0], mixed[0].losses[0], rtol=0.1, atol=0.02)
+    assert aligned.forward == forward
 
 
 def test_rates_are_those_of_the_schedule() -> None:
@@ -92,6 +111,9 @@ def test_command_writes_reports_and_speaks_by_exit_code(
     assert facts["steps"] == 20
     assert json.loads((tmp_path / "out/report.json").read_text())["curve"] == facts["curve"]
     assert facts["condition"]["overlap"]["low"] <= facts["condition"]["overlap"]["value"]
+    assert facts["guarded"]["low"] <= facts["guarded"]["lost"] <= facts["guarded"]["high"]
+    assert any("SafeAdamW" in advice for advice in facts["suggestions"])
+    assert set(facts["stages"]) == {"pilots", "guarded pilot", "condition"}
     assert facts["onset"]["low"] <= facts["onset"]["exponent"] <= facts["onset"]["high"]
     assert len(facts["rows"]) == len(facts["condition"]["row_scores"])
     assert any("rate" in advice for advice in facts["suggestions"])
