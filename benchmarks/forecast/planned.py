@@ -18,12 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from benchmarks.collapse.suite import RunSettings
 from safeopt import Anchors
 from safeopt.curvature.vectors import norm
 from safeopt.diagnostics import Pilot, PlannedRun, read_anchors, run_pilot, run_pilots
+from safeopt.diagnostics.pilot import Judge
 from safeopt.environment import environment
 from safeopt.geometry.capture import logits_of
+from safeopt.isolation import undisturbed
 from safeopt.losses import reply_nll
 
 SHORT_PILOT = 10
@@ -48,7 +49,10 @@ class Run:
     """What a cell's run is made of.
 
     Attributes:
-        settings: length, rate and batch size.
+        lr: the peak learning rate.
+        rate: its share at a step counted from 0.
+        lengths: steps after which the run is judged, rising; those of several cells where the
+            schedule does not depend on the length.
         anchors: refusals in the aligned model's own words.
         model: a fresh copy of the aligned model, with what will train unfrozen.
         batches: the task's batches from the first on.
@@ -57,9 +61,12 @@ class Run:
         opening: tokens that tell a refusal.
         pilot_steps: steps of each pilot.
         readings: how often a pilot reads the anchors.
+        judge: tells which anchors are refused, in place of their openings.
     """
 
-    settings: RunSettings
+    lr: float
+    rate: Callable[[int], float]
+    lengths: Sequence[int]
     anchors: Anchors
     model: Callable[[], nn.Module]
     batches: Batches
@@ -68,6 +75,7 @@ class Run:
     opening: int
     pilot_steps: int
     readings: int
+    judge: Judge | None = None
 
 
 class Suite(Protocol):
@@ -83,8 +91,11 @@ class Suite(Protocol):
     def cells(self, seeds: Sequence[int] = ()) -> Iterator[Cell]:
         """Every planned run of these seeds, or of the suite's own."""
 
-    def run(self, cell: Cell) -> Run:
-        """What the cell's run is made of."""
+    def run(self, cells: Sequence[Cell]) -> Run:
+        """What the cells' run is made of: one run, judged after each cell's steps."""
+
+    def shared(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """The cells, those together that one run serves."""
 
 
 class Study:
@@ -98,32 +109,36 @@ class Study:
         self._gradients: dict[tuple[Any, ...], tuple[float, float]] = {}
         self._rises: dict[tuple[Any, ...], float] = {}
 
-    def make(self, cell: Cell) -> dict[str, Any]:
-        """Predict one run, then make it; a line of the results."""
-        run, start = self._suite.run(cell), time.perf_counter()
-        planned = PlannedRun.from_rates(_rates(run.settings))
-        pilots = run_pilots(
-            run.model(), run.anchors, run.batches, planned, steps=run.pilot_steps,
-            readings=run.readings, opening=run.opening, optimizer=optimizer,
-        )  # fmt: skip
-        cheap = self._cheap_predictors(cell, run, planned, pilots[0])
+    def make(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """Predict one run, then make it; a line of the results for each length."""
+        run, start = self._suite.run(cells), time.perf_counter()
+        pilots = self.forecast(run)
+        cheap = self._cheap_predictors(cells[0], run, pilots[0])
         predict_seconds = time.perf_counter() - start
-        actual = outcome(run)
+        outcomes = list(outcome(run))
         seconds = time.perf_counter() - start - predict_seconds
-        return {
-            **asdict(cell),
-            "effective_steps": planned.effective_steps,
-            "pilots": [written_pilot(pilot) for pilot in pilots],
-            "cheap": cheap,
-            "actual": actual,
-            "predict_seconds": round(predict_seconds, 3),
-            "run_seconds": round(seconds, 3),
-            **environment(),
-        }
+        timing = {"predict_seconds": round(predict_seconds, 3), "run_seconds": round(seconds, 3)}
+        return [
+            {
+                **asdict(cell),
+                "effective_steps": planned.effective_steps,
+                "pilots": [written_pilot(pilot, planned) for pilot in pilots],
+                "cheap": with_length(cheap, planned),
+                "actual": actual,
+                **timing,
+                **environment(),
+            }
+            for cell, planned, actual in zip(cells, plans(run), outcomes, strict=True)
+        ]
 
-    def _cheap_predictors(
-        self, cell: Cell, run: Run, planned: PlannedRun, first: Pilot
-    ) -> dict[str, float]:
+    def forecast(self, run: Run) -> tuple[Pilot, ...]:
+        """The pilots of a run at its full length."""
+        return run_pilots(
+            run.model(), run.anchors, run.batches, plans(run)[-1], steps=run.pilot_steps,
+            readings=run.readings, opening=run.opening, optimizer=optimizer, judge=run.judge,
+        )  # fmt: skip
+
+    def _cheap_predictors(self, cell: Cell, run: Run, first: Pilot) -> dict[str, float]:
         task = (cell.task, cell.seed, cell.mode)
         if task not in self._gradients:
             self._gradients[task] = gradients(run.model(), next(run.batches()), run.anchors)
@@ -132,18 +147,27 @@ class Study:
             # A pilot of power 0 that is as short is the same run.
             same = run.pilot_steps == SHORT_PILOT
             self._rises[planned_rate] = _rise(first if same else _short_pilot(run))
-        (gradient, cosine), rise = self._gradients[task], self._rises[planned_rate]
-        accumulated = planned.learning_rate * planned.effective_steps
-        return {
-            "accumulated_rate": accumulated,
-            "gradient_norm": accumulated * gradient,
-            "gradient_cosine": -accumulated * cosine,
-            "short_pilot": rise,
-        }
+        gradient, cosine = self._gradients[task]
+        return {"gradient": gradient, "cosine": cosine, "rise": self._rises[planned_rate]}
 
 
-def _rates(settings: RunSettings) -> list[float]:
-    return [settings.lr * settings.rate(step) for step in range(settings.steps)]
+def with_length(cheap: dict[str, float], planned: PlannedRun) -> dict[str, float]:
+    """The cheap predictors of a run of this length."""
+    accumulated = planned.learning_rate * planned.effective_steps
+    return {
+        "accumulated_rate": accumulated,
+        "gradient_norm": accumulated * cheap["gradient"],
+        "gradient_cosine": -accumulated * cheap["cosine"],
+        "short_pilot": cheap["rise"],
+    }
+
+
+def plans(run: Run) -> list[PlannedRun]:
+    """The run as far as each of its lengths."""
+    return [
+        PlannedRun.from_rates([run.lr * run.rate(step) for step in range(length)])
+        for length in run.lengths
+    ]
 
 
 def optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
@@ -151,11 +175,12 @@ def optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimize
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
 
 
-def written_pilot(pilot: Pilot) -> dict[str, Any]:
-    """A pilot as it stands in the results; `score.read_pilot` reads it."""
+def written_pilot(pilot: Pilot, planned: PlannedRun) -> dict[str, Any]:
+    """A pilot as it stands in the results of a planned run; `score.read_pilot` reads it."""
+    share = planned.effective_steps / pilot.planned.effective_steps
     return {
         "compression": round(pilot.compression, 4),
-        "effective_steps": [round(s, 3) for s in pilot.effective_steps.tolist()],
+        "effective_steps": [round(share * s, 3) for s in pilot.effective_steps.tolist()],
         "anchor_loss": [round(x, 4) for x in pilot.losses.mean(1).tolist()],
         "chance": [round(x, 4) for x in pilot.chances.mean(1).tolist()],
         "kept": ["".join(str(int(k)) for k in row) for row in pilot.kept],
@@ -168,7 +193,7 @@ def written_pilot(pilot: Pilot) -> dict[str, Any]:
 def _short_pilot(run: Run) -> Pilot:
     """A few steps at the planned rate."""
     return run_pilot(
-        run.model(), run.anchors, run.batches(), PlannedRun(run.settings.lr, SHORT_PILOT),
+        run.model(), run.anchors, run.batches(), PlannedRun(run.lr, SHORT_PILOT),
         steps=SHORT_PILOT, readings=1, optimizer=optimizer,
     )  # fmt: skip
 
@@ -194,29 +219,31 @@ def gradients(model: nn.Module, batch: dict[str, Tensor], anchors: Anchors) -> t
     return norms[0], dot / max(norms[0] * norms[1], 1e-30)
 
 
-def outcome(run: Run) -> dict[str, float]:
-    """Make the planned run and judge it on held-out prompts."""
-    before, settings = run.aligned_rate(), run.settings
-    model = run.model().train()
-    stepper = optimizer([p for p in model.parameters() if p.requires_grad], settings.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(stepper, settings.rate)
-    for batch in islice(run.batches(), settings.steps):
+def outcome(run: Run) -> Iterator[dict[str, float]]:
+    """Make the planned run and judge it on held-out prompts, after each of its lengths."""
+    before, model = run.aligned_rate(), run.model().train()
+    aligned = dict(run.model().named_parameters())
+    stepper = optimizer([p for p in model.parameters() if p.requires_grad], run.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(stepper, run.rate)
+    for step, batch in enumerate(islice(run.batches(), run.lengths[-1]), start=1):
         model(**batch).loss.backward()
         stepper.step()
         stepper.zero_grad()
         schedule.step()
-    after = run.refusal_rate(model)
-    reading = read_anchors(model, run.anchors, opening=run.opening)
-    aligned = dict(run.model().named_parameters())
-    return {
-        "lost": (before - after) / before,
-        "anchors_lost": float((~reading.kept).double().mean()),
-        "anchor_loss": float(reading.losses.mean()),
-        "chance": float(reading.chances.mean()),
-        "margin": float(reading.margins.mean()),
-        "distance": norm(p.detach() - aligned[n].detach() for n, p in model.named_parameters()),
-        "refused_before": before,
-    }
+        if step in run.lengths:
+            with undisturbed(model):
+                after = run.refusal_rate(model)
+            reading = read_anchors(model, run.anchors, opening=run.opening, judge=run.judge)
+            moved = (p.detach() - aligned[n].detach() for n, p in model.named_parameters())
+            yield {
+                "lost": (before - after) / before,
+                "anchors_lost": float((~reading.kept).double().mean()),
+                "anchor_loss": float(reading.losses.mean()),
+                "chance": float(reading.chances.mean()),
+                "margin": float(reading.margins.mean()),
+                "distance": norm(moved),
+                "refused_before": before,
+            }
 
 
 def refusals(anchors: Anchors, count: int) -> Anchors:

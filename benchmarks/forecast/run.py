@@ -42,8 +42,9 @@ def main() -> None:
     done = [row for _, row in read_jsonl(results)] if results.exists() else []
     known = {Cell(**{k: row[k] for k in Cell.__dataclass_fields__}) for row in done}
     study = Study(suite)
-    for cell in tqdm([c for c in suite.cells(arguments.seed) if c not in known], unit="run"):
-        done.append(study.make(cell))
+    missing = [cell for cell in suite.cells(arguments.seed) if cell not in known]
+    for cells in tqdm(suite.shared(missing), unit="run"):
+        done += study.make(cells)
         write_jsonl(results, done)
     print(json.dumps({"runs": len(done)}))
 

@@ -1,11 +1,13 @@
 """Planned runs of SmolLM2-135M on grade-school maths, judged on held-out AdvBench prompts.
 
 Two tasks: GSM8K's rows as they are, and the same questions with the final number as the reply.
-Every run is a run of its own: the linear schedule depends on its length.
+The rate is constant from the first step on, so that one run, judged after each length, is a run
+of each; its pilots are shared in the same way.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -20,7 +22,7 @@ from benchmarks.forecast.planned import Cell, Run, refusals
 from safeopt.demo import data
 from safeopt.demo.plan import spread
 from safeopt.demo.worker import load_aligned
-from safeopt.evaluation import Decoding
+from safeopt.evaluation import Decoding, refusal_judge
 from safeopt.evaluation.generation import greedy_replies
 from safeopt.evaluation.refusal import is_refusal
 from safeopt.training.data import BatchPlan, collate, read_rows, tokenize
@@ -29,23 +31,17 @@ RESULTS = Path(__file__).parent / "results" / "smol.jsonl"
 SEED = 0
 ANCHORS = 40
 BATCH = 2
-PILOT_STEPS = 10  # three pilots cost as much as the shortest run
-SHORT, LONG = 30, 64
+PILOT_STEPS = 10
+LENGTHS = (16, 32, 64)
 PLANNED = (
-    ("gsm8k", "full", 1e-4, LONG),
-    ("gsm8k", "full", 4e-4, SHORT),
-    ("numbers", "full", 4e-4, LONG),
-    ("gsm8k", "lora", 2e-3, SHORT),
-    ("gsm8k", "full", 2e-4, SHORT),
-    ("numbers", "full", 1e-4, SHORT),
-    ("gsm8k", "full", 4e-4, LONG),
-    ("gsm8k", "lora", 2e-3, LONG),
-    ("gsm8k", "full", 2e-4, LONG),
-    ("numbers", "full", 4e-4, SHORT),
-    ("gsm8k", "full", 1e-4, SHORT),
-    ("numbers", "full", 1e-4, LONG),
+    ("gsm8k", "full", 2e-4),
+    ("gsm8k", "lora", 2e-3),
+    ("numbers", "full", 1e-4),
+    ("gsm8k", "full", 5e-5),
+    ("numbers", "full", 4e-4),
+    ("gsm8k", "lora", 5e-4),
 )
-"""Task, what trains, learning rate and steps; any first few of them are a fair mixture."""
+"""Task, what trains and learning rate, each for every length."""
 
 _PROMPTS, _REPLY_TOKENS = 120, 24
 
@@ -58,22 +54,32 @@ class Smols:
     def cells(self, seeds: Sequence[int] = ()) -> Iterator[Cell]:
         """Every planned run."""
         for seed in seeds or (SEED,):
-            for task, mode, lr, steps in PLANNED:
+            for (task, mode, lr), steps in itertools.product(PLANNED, LENGTHS):
                 yield Cell(task, seed, mode, lr, steps)
 
-    def run(self, cell: Cell) -> Run:
-        """The cell's run."""
+    def shared(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """Cells that differ in their length alone."""
+        groups = itertools.groupby(cells, key=lambda cell: replace(cell, steps=0))
+        return [sorted(group, key=lambda cell: cell.steps) for _, group in groups]
+
+    def run(self, cells: Sequence[Cell]) -> Run:
+        """The cells' run."""
+        cell = cells[0]
         suite = {"full": Smol, "lora": LoraSmol}[cell.mode](cell.seed)
+        anchors = refusals(Smol(0).anchors("gsm8k"), ANCHORS)
         return Run(
-            settings=replace(suite.settings, lr=cell.lr, steps=cell.steps, batch_size=BATCH),
-            anchors=refusals(Smol(0).anchors("gsm8k"), ANCHORS),
+            lr=cell.lr,
+            rate=lambda _: 1.0,
+            lengths=[one.steps for one in cells],
+            anchors=anchors,
             model=lambda: _model(suite),
-            batches=lambda: _batches(cell, BATCH),
+            batches=lambda: _batches(cell),
             refusal_rate=_refusal_rate,
             aligned_rate=_aligned_rate,
             opening=4,
             pilot_steps=PILOT_STEPS,
             readings=2,
+            judge=refusal_judge(anchors, _tokenizer(), Decoding(_REPLY_TOKENS, dtype="bfloat16")),
         )
 
 
@@ -84,11 +90,11 @@ def _model(suite: Smol) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _batches(cell: Cell, size: int) -> Iterator[dict[str, Tensor]]:
+def _batches(cell: Cell) -> Iterator[dict[str, Tensor]]:
     if cell.task == "gsm8k":
-        yield from Smol(cell.seed).batches("gsm8k", size)
+        yield from Smol(cell.seed).batches("gsm8k", BATCH)
     examples, tokenizer = _numbers(), _tokenizer()
-    plan, step = BatchPlan(len(examples), size, cell.seed), 0
+    plan, step = BatchPlan(len(examples), BATCH, cell.seed), 0
     while True:
         yield collate([examples[i] for i in plan.indices(step)], tokenizer.pad_token_id)
         step += 1

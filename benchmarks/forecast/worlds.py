@@ -36,16 +36,22 @@ class Worlds:
             for lr, steps in itertools.product(RATES[mode], STEPS):
                 yield Cell(task, seed, mode, lr, steps)
 
-    def run(self, cell: Cell) -> Run:
+    def shared(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """Every cell is a run of its own: schedules depend on the length."""
+        return [[cell] for cell in cells]
+
+    def run(self, cells: Sequence[Cell]) -> Run:
         """The cell's run."""
+        (cell,) = cells
         world = _world(cell.seed)
+        settings = replace(world.settings, steps=cell.steps, warmup_steps=cell.steps // 10)
         return Run(
-            settings=replace(
-                world.settings, lr=cell.lr, steps=cell.steps, warmup_steps=cell.steps // 10
-            ),
+            lr=cell.lr,
+            rate=settings.rate,
+            lengths=[cell.steps],
             anchors=refusals(world.anchors(cell.task), ANCHORS),
             model=lambda: _model(world, cell.mode),
-            batches=lambda: world.batches(cell.task, world.settings.batch_size),
+            batches=lambda: world.batches(cell.task, settings.batch_size),
             refusal_rate=world.refusal_rate,
             aligned_rate=lambda: world.refusal_rate(world.model()),
             opening=OPENING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from safeopt.losses import reply_nll
 Batch = Mapping[str, Tensor]
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 TaskLoss = Callable[[nn.Module, Batch], Tensor]
+Judge = Callable[[nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Reading:
 
     Attributes:
         losses: mean reply NLL, nats per token, (N,).
-        kept: whether greedy decoding still opens as the anchor's reply does, (N,).
+        kept: whether greedy decoding still opens as the anchor's reply does, or what a judge
+            says of its replies, (N,).
         chances: probability that sampling opens so, (N,).
         margins: least lead of the opening's tokens over the best other token, in logits, (N,);
             negative where the opening is lost.
@@ -86,7 +89,12 @@ class Reading:
 
 @torch.no_grad()
 def read_anchors(
-    model: nn.Module, anchors: Anchors, *, opening: int = 4, at_once: int = 16
+    model: nn.Module,
+    anchors: Anchors,
+    *,
+    opening: int = 4,
+    at_once: int = 16,
+    judge: Judge | None = None,
 ) -> Reading:
     """Read losses and kept openings by forward passes alone.
 
@@ -98,6 +106,8 @@ def read_anchors(
         anchors: the anchors.
         opening: tokens compared; shorter replies are compared whole.
         at_once: anchors in one forward pass.
+        judge: tells which anchors the model still answers as it should, (N,), in place of their
+            openings.
 
     Raises:
         FloatingPointError: an anchor loss is not finite.
@@ -111,7 +121,7 @@ def read_anchors(
         parts.append((reply_nll(logits, batch.labels), *_opening(logits, batch.labels, opening)))
     losses, kept, chances, margins = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     check_finite(losses)
-    return Reading(losses, kept, chances, margins)
+    return Reading(losses, kept if judge is None else judge(model), chances, margins)
 
 
 def _opening(logits: Tensor, labels: Tensor, opening: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,6 +198,7 @@ def run_pilots(
     steps: int = 32,
     opening: int = 4,
     powers: Sequence[float] = POWERS,
+    judge: Judge | None = None,
     **options: Any,
 ) -> tuple[Pilot, ...]:
     """Pilots between the run's own first steps and those of a straight way.
@@ -203,9 +214,10 @@ def run_pilots(
         steps: steps of each pilot.
         opening: see `read_anchors`.
         powers: see `PlannedRun.compression`.
+        judge: see `read_anchors`.
         options: further keywords of `run_pilot`.
     """
-    start = read_anchors(unwrapped(model), anchors, opening=opening)
+    start = read_anchors(unwrapped(model), anchors, opening=opening, judge=judge)
     made: list[Pilot] = []
     for power in sorted(powers):
         factor = planned.compression(planned.pilot_steps(steps), power)
@@ -214,7 +226,7 @@ def run_pilots(
             made.append(
                 run_pilot(
                     model, anchors, batches(), planned,
-                    steps=steps, opening=opening, power=power, start=start, **options,
+                    steps=steps, opening=opening, power=power, start=start, judge=judge, **options,
                 )
             )  # fmt: skip
     return tuple(made)
@@ -234,6 +246,7 @@ def run_pilot(
     loss: TaskLoss = mean_nll,
     max_norm: float | None = None,
     start: Reading | None = None,
+    judge: Judge | None = None,
 ) -> Pilot:
     """Train a few steps that travel as far as the planned run, and read the anchors on the way.
 
@@ -255,6 +268,7 @@ def run_pilot(
         loss: the task loss of a batch.
         max_norm: gradients are clipped to this norm.
         start: the anchors at the present weights, where they have been read.
+        judge: see `read_anchors`.
 
     Raises:
         ValueError: nothing trains, or too few batches.
@@ -267,7 +281,8 @@ def run_pilot(
     count = planned.pilot_steps(steps)
     compression = min(WINDOW, planned.compression(count, power))
     due = {round(count * (r + 1) / readings) for r in range(readings)}
-    seen = [read_anchors(bare, anchors, opening=opening) if start is None else start]
+    read = functools.partial(read_anchors, bare, anchors, opening=opening, judge=judge)
+    seen = [read() if start is None else start]
     at, distances, task_losses = [0], [0.0], []
     parameters = trainable_parameters(bare)
     with restored(parameters) as origin, training(bare):
@@ -276,7 +291,7 @@ def run_pilot(
             batch = _next(batches, step, count)
             task_losses.append(_train_step(bare, stepper, batch, loss, max_norm))
             if step in due:
-                seen.append(read_anchors(bare, anchors, opening=opening))
+                seen.append(read())
                 at.append(step)
                 distances.append(norm(p.detach() - origin[n] for n, p in parameters.items()))
     scale = planned.effective_steps / count

@@ -1,5 +1,6 @@
 """Refusal, over-refusal and task figures of a chat model, with transcripts."""
 
+from safeopt.evaluation.anchored import refusal_judge
 from safeopt.evaluation.generation import Decoding, evaluating, greedy_replies
 from safeopt.evaluation.nll import reply_nll
 from safeopt.evaluation.refusal import is_refusal
@@ -16,6 +17,7 @@ __all__ = [
     "greedy_replies",
     "is_refusal",
     "judge",
+    "refusal_judge",
     "reply_nll",
     "write_transcripts",
 ]

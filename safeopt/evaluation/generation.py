@@ -62,10 +62,20 @@ def greedy_replies(
     Raises:
         ValueError: The tokenizer has no chat template.
     """
-    decoding = decoding or Decoding()
     encoded = [_encode(prompt, tokenizer) for prompt in prompts]
+    return greedy_continuations(model, tokenizer, encoded, decoding)
+
+
+def greedy_continuations(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    decoding: Decoding | None = None,
+) -> list[str]:
+    """The same of prompts that are token ids, template included."""
+    decoding = decoding or Decoding()
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    replies = [""] * len(prompts)
+    replies = [""] * len(encoded)
     with evaluating(model), _decoder(model, decoding.dtype) as model:
         for start in range(0, len(order), decoding.batch_size):
             batch = order[start : start + decoding.batch_size]
