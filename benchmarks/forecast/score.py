@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,12 +77,8 @@ Row = Mapping[str, Any]
 
 
 def read_pilot(row: Row, written: Mapping[str, Any]) -> Pilot:
-    """A pilot of a row of the results; losses and chances are means over its anchors.
-
-    Older results have neither margins nor distances.
-    """
+    """A pilot of a row of the results; losses and chances are means over its anchors."""
     kept = torch.tensor([[word == "1" for word in reading] for reading in written["kept"]])
-    unknown = torch.full(kept.shape, torch.nan)
     return Pilot(
         planned=PlannedRun(row["lr"], row["effective_steps"]),
         compression=written["compression"],
@@ -89,8 +86,8 @@ def read_pilot(row: Row, written: Mapping[str, Any]) -> Pilot:
         losses=torch.tensor(written["anchor_loss"])[:, None],
         kept=kept,
         chances=torch.tensor(written["chance"])[:, None],
-        margins=torch.tensor(written["margins"]) if "margins" in written else unknown,
-        distances=torch.as_tensor(written.get("distances", unknown[:, 0])),
+        margins=torch.tensor(written["margins"]),
+        distances=torch.tensor(written["distances"], dtype=torch.float64),
         task_losses=torch.tensor(written["task_losses"]),
     )
 
@@ -109,10 +106,17 @@ def by_forecast(row: Row) -> float:
     return float(forecast_of(row).lost[-1])
 
 
-def _by_half(row: Row) -> float:
-    """The pilot whose way grows with the root of the steps, alone."""
-    pilots = _pilots(row)
-    return float((~pilots[len(pilots) // 2].kept[-1]).double().mean())
+def _at_power(power: float) -> Callable[[Row], float]:
+    """The share lost, read between the pilots at a power that is taken and not measured."""
+
+    def predict(row: Row) -> float:
+        pilots = _pilots(row)
+        lost = [float((~pilot.kept[-1]).double().mean()) for pilot in pilots]
+        rates = [math.log(pilot.compression) for pilot in pilots]
+        wanted = pilots[0].planned.compression(len(pilots[0].task_losses), power)
+        return float(np.interp(math.log(wanted), rates, lost))
+
+    return predict
 
 
 def _by_mean(row: Row) -> float:
@@ -135,7 +139,7 @@ def _with_tie_breaks(row: Row) -> float:
 PREDICTORS: Mapping[str, Callable[[Row], float]] = {
     "**forecast**: anchors lost at the measured power": by_forecast,
     "... ties by the interval's upper end": _with_tie_breaks,
-    "anchors lost at power a half": _by_half,
+    **{f"anchors lost at power {power}": _at_power(power) for power in (0, 0.25, 0.5, 0.75, 1)},
     "anchors lost, mean of the pilots": _by_mean,
     "probability of the openings, mean of the pilots": _by_chance,
     "anchor loss at the measured power": _by_loss,

@@ -1,4 +1,4 @@
-"""Write the forecast's table and picture: ``python -m benchmarks.forecast.table``."""
+"""Write the forecast's tables and pictures: ``python -m benchmarks.forecast.table``."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.forecast import smols, worlds
 from benchmarks.forecast.score import (
     BREAKS,
     PREDICTORS,
+    by_forecast,
     forecast_of,
     roc_area,
     score,
     slope,
     spearman,
 )
-from benchmarks.forecast.worlds import RESULTS
 from benchmarks.markdown import fill
 from safeopt.files import read_jsonl, write_text
 
-README = Path(__file__).parent / "README.md"
-PICTURE = Path(__file__).parent / "world.png"
-SEEN = (3, 4)
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+DESIGN = worlds.RESULTS.with_name("design.jsonl")
 Rows = Sequence[Mapping[str, Any]]
+
+
+def read(path: Path) -> Rows:
+    """The runs of a results file."""
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 def predictors_table(rows: Rows) -> str:
@@ -33,6 +39,7 @@ def predictors_table(rows: Rows) -> str:
     groups = {"all": rows} | {
         mode: [row for row in rows if row["mode"] == mode] for mode in ("full", "lora")
     }
+    groups = {name: group for name, group in groups.items() if len(group) > 3}
     head = ["predictor", *(f"{name}: rank correlation" for name in groups), "ROC area"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for name, predict in PREDICTORS.items():
@@ -46,7 +53,7 @@ def predictors_table(rows: Rows) -> str:
 
 
 def verdict_table(rows: Rows) -> str:
-    """Verdicts against outcomes."""
+    """Verdicts against outcomes, and calibration."""
     lines = [
         f"| verdict | runs | lost more than {100 * BREAKS:.0f} % | largest loss |",
         "| --- " * 4 + "|",
@@ -56,30 +63,54 @@ def verdict_table(rows: Rows) -> str:
         losses = actual([row for found, row in pairs if found == verdict])
         broken = sum(loss > BREAKS for loss in losses)
         lines.append(f"| {verdict} | {len(losses)} | {broken} | {max(losses):.2f} |")
-    return "\n".join(lines)
-
-
-def verdicts(rows: Rows) -> str:
-    """Verdicts where the interval was designed, and where it was not; calibration of all."""
-    seen = [row for row in rows if row["seed"] in SEEN]
-    fresh = [row for row in rows if row["seed"] not in SEEN]
-    calibration = score(slope, [float(forecast_of(row).lost[-1]) for row in rows], actual(rows))
-    names = " and ".join(map(str, SEEN))
-    return (
-        f"Seeds {names}, after which the interval was made to hold what sampling loses:\n\n"
-        f"{verdict_table(seen)}\n\nThe seed after that:\n\n{verdict_table(fresh)}\n\n"
-        f"Calibration slope (actual on forecast): {calibration}."
+    made = [forecast_of(row) for row in rows]
+    calibration = score(slope, [float(m.lost[-1]) for m in made], actual(rows))
+    held = sum(
+        bool(m.low[-1] <= lost <= m.high[-1]) for m, lost in zip(made, actual(rows), strict=True)
+    )
+    return "\n".join(lines) + (
+        f"\n\nCalibration slope (actual on forecast): {calibration}. The interval held the outcome "
+        f"in {held} of {len(rows)} runs."
     )
 
 
-def rival() -> str:
-    """Scores beside alignment-risk, as `side_by_side` left them."""
-    found = json.loads((RESULTS.parent / "side_by_side.json").read_text(encoding="utf-8"))
+def runs_table(rows: Rows) -> str:
+    """Every run, one a line."""
+    lines = [
+        "| task | trains | learning rate | steps | forecast (interval) | verdict | lost |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for row in rows:
+        made = forecast_of(row)
+        share, low, high = (100 * float(x[-1]) for x in (made.lost, made.low, made.high))
+        lost = 100 * row["actual"]["lost"]
+        lines.append(
+            f"| {row['task']} | {row['mode']} | {row['lr']:g} | {row['steps']} | {share:.0f} % "
+            f"({low:.0f} to {high:.0f}) | {made.verdict.value} | {lost:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def rival(world: Rows) -> str:
+    """Scores beside alignment-risk's, as `side_by_side` left them, on the same runs."""
+    found = json.loads((worlds.RESULTS.parent / "side_by_side.json").read_text(encoding="utf-8"))
     scores = found["scores"]
     called = scores["alignment_risk_verdicts"]
-    lines = ["| forecast | rank correlation | ROC area |", "| --- | --- | --- |"]
-    for name, key in (("safeopt", "safeopt"), ("alignment-risk", "alignment_risk_loss")):
-        lines.append(f"| {name} | {scores[key]['spearman']} | {scores[key]['roc_area']} |")
+    same = {(run["seed"], run["task"], run["lr"], run["steps"]) for run in found["runs"]}
+    rows = [
+        row
+        for row in world
+        if row["mode"] == "full" and (row["seed"], row["task"], row["lr"], row["steps"]) in same
+    ]
+    own = [by_forecast(row) for row in rows]
+    ours = [str(score(statistic, own, actual(rows))) for statistic in (spearman, roc_area)]
+    theirs = scores["alignment_risk_loss"]
+    lines = [
+        "| forecast | rank correlation | ROC area |",
+        "| --- | --- | --- |",
+        f"| safeopt | {ours[0]} | {ours[1]} |",
+        f"| alignment-risk | {theirs['spearman']} | {theirs['roc_area']} |",
+    ]
     largest = max(run["alignment_risk_loss"] for run in found["runs"])
     return "\n".join(lines) + (
         f"\n\nOf {scores['runs']} runs {scores['broken']} broke; alignment-risk foresaw a collapse "
@@ -129,16 +160,21 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def main() -> None:
-    """Fill the README and draw the picture."""
-    rows = [row for _, row in read_jsonl(RESULTS)]
+    """Fill the README and draw the pictures."""
+    world, smol, design = read(worlds.RESULTS), read(smols.RESULTS), read(DESIGN)
     parts = {
-        "predictors": predictors_table(rows),
-        "verdicts": verdicts(rows),
-        "machine": machine(rows),
-        "rival": rival(),
+        "predictors": predictors_table(world),
+        "verdicts": verdict_table(world),
+        "machine": machine(world),
+        "design": predictors_table(design),
+        "rival": rival(world),
     }
+    if smol:
+        parts["smol"] = "\n\n".join(
+            (predictors_table(smol), verdict_table(smol), runs_table(smol), machine(smol))
+        )
     write_text(README, fill(README.read_text(encoding="utf-8"), parts))
-    draw(rows, PICTURE)
+    draw(world, HERE / "world.png")
 
 
 if __name__ == "__main__":
