@@ -91,6 +91,12 @@ def runs_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def smol_part(rows: Rows, fewest: int = 8) -> str:
+    """The language model's runs; scores of fewer than ``fewest`` would say nothing."""
+    scored = (predictors_table(rows), verdict_table(rows)) if len(rows) >= fewest else ()
+    return "\n\n".join((*scored, runs_table(rows), machine(rows)))
+
+
 def rival(world: Rows) -> str:
     """Scores beside alignment-risk's, as `side_by_side` left them, on the same runs."""
     found = json.loads((worlds.RESULTS.parent / "side_by_side.json").read_text(encoding="utf-8"))
@@ -170,9 +176,7 @@ def main() -> None:
         "rival": rival(world),
     }
     if smol:
-        parts["smol"] = "\n\n".join(
-            (predictors_table(smol), verdict_table(smol), runs_table(smol), machine(smol))
-        )
+        parts["smol"] = smol_part(smol)
     write_text(README, fill(README.read_text(encoding="utf-8"), parts))
     draw(world, HERE / "world.png")
 
