@@ -98,7 +98,7 @@ def propose(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Pass 1 of one tile. ``rest`` is 1 - beta; N is a power of two that holds ``count``."""
+    """Pass 1 of one tile. ``rest`` is 1 - beta; the parts are looked at N by N."""
     tile = tl.program_id(0).to(tl.int64)
     piece = pieces + tl.load(tiles + 3 * tile).to(tl.int64) * STRIDE
     rows, cols = _size(piece, ROWS, False), _size(piece, COLS, ALIGNED)
@@ -128,31 +128,34 @@ def propose(
     step = tl.where(mask, step, 0.0)
     tl.store(norms + tile, tl.sum(step * step))
 
-    anchor = tl.arange(0, N)
-    total = tl.zeros((N,), tl.float32)
+    part = tl.arange(0, N)
     rank = tl.load(piece + RANK).to(tl.int32)
-    ranks = rank * count
     height = _size(piece, ROWS, ALIGNED)
     operand = step.to(DOT)
-    for start in range(0, ranks, BK):
-        k = start + tl.arange(0, BK)
-        left = _factor(_pointer(piece, LEFT, FACTOR, ALIGNED), k, ranks, row, height)
-        right = _factor(_pointer(piece, RIGHT, FACTOR, ALIGNED), k, ranks, col, cols)
-        image = tl.dot(left.to(DOT), operand, input_precision=PRECISION)
-        part = tl.sum(image * right.to(tl.float32), 1)
-        owner = (k // rank)[:, None] == anchor[None, :]
-        total += tl.sum(tl.where(owner, part[:, None], 0.0), 0)
-    tl.store(partials + tile * count + anchor, total, mask=anchor < count)
+    for first in range(0, count, N):
+        total = tl.zeros((N,), tl.float32)
+        end = tl.minimum(first + N, count) * rank
+        for start in range(first * rank, end, BK):
+            k = start + tl.arange(0, BK)
+            left = _factor(_pointer(piece, LEFT, FACTOR, ALIGNED), k, end, row, height)
+            right = _factor(_pointer(piece, RIGHT, FACTOR, ALIGNED), k, end, col, cols)
+            image = tl.dot(left.to(DOT), operand, input_precision=PRECISION)
+            seen = tl.sum(image * right.to(tl.float32), 1)
+            owner = (k // rank - first)[:, None] == part[None, :]
+            total += tl.sum(tl.where(owner, seen[:, None], 0.0), 0)
+        tl.store(partials + tile * count + first + part, total, mask=first + part < count)
 
 
-@triton.jit(do_not_specialize=["count", "seed", "step_number"])
+@triton.jit(
+    do_not_specialize=["count", "seed", "step_number"], do_not_specialize_on_alignment=["weights"]
+)
 def apply(
     pieces,
     tiles,
     weights,
     count,
-    seed,
-    step_number,
+    seed: tl.int64,
+    step_number: tl.int64,
     WEIGHT: tl.constexpr,
     FACTOR: tl.constexpr,
     PRECISION: tl.constexpr,

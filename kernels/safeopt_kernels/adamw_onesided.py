@@ -32,7 +32,10 @@ def _basis_tile(basis, col, k, cols, rank):
     return tl.load(basis + at, mask=(col[:, None] < cols) & (k[None, :] < rank), other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "seed", "step_number", "index"])
+VALUES = ("rows", "seed", "step_number", "index")  # arguments whose value makes no new binary
+
+
+@triton.jit(do_not_specialize=VALUES)
 def onesided(
     p,
     g,
@@ -46,9 +49,9 @@ def onesided(
     rows,
     cols,
     rank,
-    seed,
-    step_number,
-    index,
+    seed: tl.int64,
+    step_number: tl.int64,
+    index: tl.int64,
     decay,
     step_size,
     beta1,
@@ -135,3 +138,11 @@ def onesided(
             else:
                 tl.store(p + at, (old + change).to(p.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # the next row block puts its step in the same place
+
+
+# The same for any number of columns and any addresses, which would each make a binary of its own.
+onesided_any = triton.jit(
+    onesided.fn,
+    do_not_specialize=(*VALUES, "cols"),
+    do_not_specialize_on_alignment=("p", "g", "m", "v", "basis", "compensation"),
+)

@@ -28,7 +28,6 @@ def propose(
         first.p.dtype,
         first.m.dtype,
         _factor_dtype(pieces),
-        count,
         aligned=all(piece.is_aligned() for piece in pieces),
         in_place=first.step is None,
         backend=backend,

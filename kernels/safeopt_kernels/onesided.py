@@ -8,7 +8,7 @@ from torch import Tensor
 from safeopt_kernels import specialisations
 from safeopt_kernels.lowrank import is_interpreted
 from safeopt_kernels.settings import AdamW, Rounding, Seed, scalars
-from safeopt_kernels.table import Piece
+from safeopt_kernels.table import ALIGNMENT, Piece
 
 
 def step(
@@ -38,20 +38,20 @@ def step(
     assert m is not None
     assert v is not None
     rows, cols = piece.shape
+    # A few columns of zeros let a thread load 16 bytes of the basis at a time.
+    basis = torch.nn.functional.pad(basis, (0, -basis.shape[1] % ALIGNMENT)).contiguous()
     spec = specialisations.onesided(
         p.dtype,
         m.dtype,
         basis.dtype,
         rounding,
         backend=backend,
-        aligned=cols % 16 == 0,
+        aligned=piece.is_aligned() and basis.data_ptr() % ALIGNMENT == 0,
         exact_dot=is_interpreted(),
     )
     blocks = -(-rows // spec.constants["BM"])
     programs = min(blocks, programs_at_once(p.device))
     norms = torch.zeros(blocks, 2, dtype=torch.float32, device=p.device)
-    # A few columns of zeros let a thread load 16 bytes of the basis at a time.
-    basis = torch.nn.functional.pad(basis, (0, -basis.shape[1] % 16)).contiguous()
     stash = p.new_empty(programs * spec.constants["BM"], cols)
     images = stash.new_empty(len(stash), basis.shape[1], dtype=torch.float32)
     seed = seed or Seed()

@@ -1,10 +1,10 @@
 """Every compiled form of every kernel, declared in one place.
 
 A launch looks its constants up here, and so does whoever compiles the kernels ahead of time or
-runs them under an instrumented interpreter: what is checked is what is launched. Ranks, sizes and
-the number of matrices are runtime values; only dtypes, alignment, rounding and the power of two
-that holds the number N of low-rank parts make a new binary. Nothing is autotuned: the kernels write
-in place, so trying a second tiling would take the step twice.
+runs them under an instrumented interpreter: what is checked is what is launched. Ranks, sizes, the
+number of matrices and the number N of low-rank parts are runtime values; only dtypes, alignment and
+rounding make a new binary. Nothing is autotuned: the kernels write in place, so trying a second
+tiling would take the step twice.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ TRITON_DTYPES: Mapping[torch.dtype, tl.dtype] = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
-SMALLEST_COUNT = 16
-COUNTS = (16, 64)  # compiled ahead of time; other powers of two are compiled when they are met
+PARTS = 64  # low-rank parts whose sums a program of `propose` keeps at once
 FLOATS = ("decay", "step_size", "beta1", "rest1", "beta2", "rest2", "root_correction", "eps")
 
 
@@ -65,7 +64,7 @@ class Specialisation:
     """One compiled form of a kernel.
 
     Attributes:
-        name: unique and readable, such as "propose-bfloat16-float32-float32-16-aligned".
+        name: unique and readable, such as "propose-bfloat16-float32-float32-aligned".
         kernel: the Triton function.
         signature: type of each runtime argument in order, as Triton writes them ("*i64", "fp32").
         constants: value of each constexpr argument.
@@ -73,6 +72,7 @@ class Specialisation:
         bytes_per_parameter: what one launch must move per weight, factors left out, and what a
             program reads again counted once.
         divisible: integer arguments that are multiples of 16, beside the pointers.
+        backend: "cuda" or "hip".
     """
 
     name: str
@@ -82,6 +82,7 @@ class Specialisation:
     warps: int
     bytes_per_parameter: float
     divisible: tuple[str, ...] = ()
+    backend: str = "cuda"
 
     @property
     def full_signature(self) -> dict[str, str]:
@@ -90,13 +91,22 @@ class Specialisation:
 
     @property
     def attributes(self) -> dict[tuple[int], list[list[Any]]]:
-        """Divisibility by 16 of the arguments, as the launcher finds it at run time."""
-        names = self.kernel.arg_names
-        return {
-            (names.index(name),): [["tt.divisibility", 16]]
-            for name, kind in self.signature.items()
-            if kind.startswith("*") or name in self.divisible
-        }
+        """What the launcher finds about the arguments at run time.
+
+        That is divisibility by 16 and, on AMD's GPUs, that a tensor has less than 2 GiB.
+        """
+        any_address = self.kernel.do_not_specialize_on_alignment
+        found = {}
+        for position, name in enumerate(self.kernel.arg_names):
+            is_pointer = self.signature.get(name, "").startswith("*")
+            facts: list[list[Any]] = []
+            if name in self.divisible or (is_pointer and name not in any_address):
+                facts.append(["tt.divisibility", 16])
+            if is_pointer and self.backend == "hip":
+                facts.append(["tt.pointer_range", 32])
+            if facts:
+                found[position,] = facts
+        return found
 
 
 def dot_precision(backend: str) -> str:
@@ -108,16 +118,10 @@ def dot_precision(backend: str) -> str:
     return "tf32x3" if backend == "cuda" else "bf16x3"
 
 
-def holding(count: int) -> int:
-    """The least power of two, from 16, that holds ``count`` low-rank parts."""
-    return max(SMALLEST_COUNT, 1 << (count - 1).bit_length())
-
-
 def propose(
     weight: torch.dtype,
     moment: torch.dtype,
     factor: torch.dtype,
-    count: int,
     *,
     aligned: bool,
     in_place: bool = False,
@@ -130,7 +134,6 @@ def propose(
         weight: dtype of weights, gradients and steps.
         moment: dtype of the two moments.
         factor: dtype of the factors.
-        count: N, number of low-rank parts.
         aligned: every address and size is a multiple of 16.
         in_place: hand the step over in the weights, without a buffer.
         backend: "cuda" or "hip".
@@ -147,18 +150,17 @@ def propose(
         "PRECISION": dot_precision(backend),
         "IN_PLACE": in_place,
         "ALIGNED": aligned,
-        "N": holding(count),
+        "N": PARTS,
     } | _blocks(tiling)
     pointers = {"pieces": "*i64", "tiles": "*i32", "partials": "*fp32", "norms": "*fp32"}
     return Specialisation(
-        name=_name(
-            _handed("propose", in_place), weight, moment, factor, holding(count), aligned=aligned
-        ),
+        name=_name(_handed("propose", in_place), weight, moment, factor, aligned=aligned),
         kernel=adamw_lowrank.propose,
         signature=pointers | {"count": "i32"} | dict.fromkeys(FLOATS, "fp32"),
         constants=constants,
         warps=tiling.warps,
         bytes_per_parameter=3 * weight.itemsize + 4 * moment.itemsize,
+        backend=backend,
     )
 
 
@@ -191,22 +193,27 @@ def apply(
         constants=constants,
         warps=tiling.warps,
         bytes_per_parameter=(2 + (not in_place) + 2 * (rounding == "kahan")) * weight.itemsize,
+        backend=backend,
     )  # fmt: skip
 
 
 def specialisations(backend: str = "cuda") -> Iterator[Specialisation]:
-    """All forms that are compiled ahead of time for one backend."""
-    single, half = torch.float32, (torch.bfloat16, torch.float16)
-    pairs = [(single, single)] + [(w, f) for w in half for f in (single, w)]
-    for (weight, factor), aligned in itertools.product(pairs, (True, False)):
+    """All forms that an operator can ask one backend for; all are compiled ahead of time.
+
+    Moments and factors are in fp32 or in the dtype of the weights.
+    """
+    for weight, aligned in itertools.product(TRITON_DTYPES, (True, False)):
         options: dict[str, Any] = {"aligned": aligned, "backend": backend}
-        for count, in_place in itertools.product(COUNTS, (False, True)):
-            yield propose(weight, single, factor, count, in_place=in_place, **options)
-        for rounding in roundings_of(weight):
-            yield apply(weight, factor, rounding, **options)
-        yield apply(weight, factor, "nearest", in_place=True, **options)
-        for rounding in roundings_of(weight):
-            yield onesided(weight, single, factor, rounding, **options)
+        either = tuple(dict.fromkeys((torch.float32, weight)))
+        for moment, factor in itertools.product(either, either):
+            for in_place in (False, True):
+                yield propose(weight, moment, factor, in_place=in_place, **options)
+            for rounding in roundings_of(weight):
+                yield onesided(weight, moment, factor, rounding, **options)
+        for factor in either:
+            for rounding in roundings_of(weight):
+                yield apply(weight, factor, rounding, **options)
+            yield apply(weight, factor, "nearest", in_place=True, **options)
 
 
 def onesided(
@@ -226,7 +233,7 @@ def onesided(
         moment: dtype of the two moments.
         factor: dtype of the basis.
         rounding: how the weights are stored.
-        aligned: the number of columns is a multiple of 16.
+        aligned: every address and the number of columns are multiples of 16.
         backend: "cuda" or "hip".
         exact_dot: as for `propose`.
     """
@@ -242,7 +249,7 @@ def onesided(
     integers = {"rows": "i32", "cols": "i32", "rank": "i32", "seed": "i64", "step_number": "i64"}
     return Specialisation(
         name=_name("onesided", weight, moment, factor, rounding, aligned=aligned),
-        kernel=adamw_onesided.onesided,
+        kernel=adamw_onesided.onesided if aligned else adamw_onesided.onesided_any,
         signature=pointers
         | {"compensation": w, "norms": "*fp32"}
         | integers
@@ -252,14 +259,13 @@ def onesided(
         warps=tiling.warps,
         bytes_per_parameter=(4 + 2 * (rounding == "kahan")) * weight.itemsize + 4 * moment.itemsize,
         divisible=("cols", "rank") if aligned else ("rank",),
+        backend=backend,
     )
 
 
 def roundings_of(weight: torch.dtype) -> tuple[Rounding, ...]:
     """The ways in which weights of a dtype can be stored."""
-    if weight == torch.bfloat16:
-        return ROUNDINGS
-    return ("nearest", "kahan") if weight == torch.float16 else ("nearest",)
+    return ROUNDINGS if weight == torch.bfloat16 else ("nearest", "kahan")
 
 
 def _handed(kernel: str, in_place: bool) -> str:

@@ -293,6 +293,8 @@ def test_shards_of_distributed_tensors_work_and_whole_ones_are_refused(
         ({"step": [torch.zeros(4, 4).double()]}, "step must have one dtype"),
         ({"left": [torch.zeros(2, 1, 5)]}, r"must be \(2, q, rows\)"),
         ({"p": [torch.zeros(4)], "g": [torch.zeros(4)]}, "shapes of p"),
+        ({"v": [torch.zeros(4, 4).half()]}, "moments must both be float32"),
+        ({"right": [torch.zeros(2, 1, 4).bfloat16()]}, "factors must both be float32"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(

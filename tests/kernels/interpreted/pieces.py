@@ -23,6 +23,7 @@ def random_piece(
     index: int = 0,
     *,
     in_place: bool = False,
+    moment: torch.dtype = torch.float32,
 ) -> Piece:
     """A matrix whose outputs are poisoned with NaN; ``rank`` 0 has no factors."""
 
@@ -34,8 +35,8 @@ def random_piece(
         p=normal(rows, cols).to(weight),
         step=None if in_place else torch.full(shape, torch.nan, dtype=weight),
         g=normal(rows, cols).to(weight),
-        m=0.1 * normal(rows, cols),
-        v=0.01 * normal(rows, cols).square(),
+        m=(0.1 * normal(rows, cols)).to(moment),
+        v=(0.01 * normal(rows, cols).square()).to(moment),
         left=normal(count, rank, rows).to(factor) if rank else None,
         right=normal(count, rank, cols).to(factor) if rank else None,
         compensation=1e-3 * normal(rows, cols).to(weight),

@@ -33,6 +33,11 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float(worst.nan_to_num(nan=torch.inf))
 
 
+def bound_of(dtype: torch.dtype) -> float:
+    """Error of arithmetic in fp32 that is stored in a dtype."""
+    return (ULP[dtype] if dtype != torch.float32 else 0.0) + 4 * ULP[torch.float32]
+
+
 def check_propose(pieces: list[Piece], count: int, adamw: AdamW) -> None:
     truths = []
     for piece in pieces:
@@ -43,9 +48,9 @@ def check_propose(pieces: list[Piece], count: int, adamw: AdamW) -> None:
     expected, scale = torch.zeros(count, dtype=torch.float64), 1e-30
     total = 0.0
     for piece, p, (m, v, step) in zip(pieces, before, truths, strict=True):
-        assert error(piece.m, m) < 4 * ULP[torch.float32]
-        assert error(piece.v, v) < 4 * ULP[torch.float32]
-        bound = ULP[piece.p.dtype] + 4 * ULP[torch.float32]
+        assert error(piece.m, m) < bound_of(piece.m.dtype)
+        assert error(piece.v, v) < bound_of(piece.v.dtype)
+        bound = bound_of(piece.p.dtype)
         if piece.step is None:
             assert error(piece.p, p + step) < bound
             stored = piece.p.double() - p
@@ -123,6 +128,26 @@ def test_ragged_shapes(kind: tuple[torch.dtype, torch.dtype]) -> None:
     check_propose(pieces, 3, ADAMW)
     for rounding in roundings_of(kind[0]):
         check_apply(pieces, torch.tensor([1e-3, -2e-3, 0.0]).double(), rounding, Seed(5, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_moments_in_the_dtype_of_the_weights(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(6)
+    pieces = [
+        random_piece(generator, shape, 2, 3, dtype, torch.float32, in_place=True, moment=dtype)
+        for shape in RAGGED
+    ]
+    check_propose(pieces, 3, ADAMW)
+
+
+@pytest.mark.parametrize("count", [64, 65, 150])
+def test_more_parts_than_a_program_adds_up_at_once(count: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    pieces = [
+        random_piece(generator, (17, 40), rank, count, torch.float32, torch.float32)
+        for rank in (3, 0, 1)
+    ]
+    check_propose(pieces, count, ADAMW)
 
 
 def test_aligned_and_other_addresses_agree() -> None:
