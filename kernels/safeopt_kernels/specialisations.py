@@ -56,7 +56,11 @@ _TILINGS = {
     ("onesided", "hip"): Tiling(rows=16, cols=64, ranks=64, warps=4),
 }
 # Narrow loads want a 64-bit address for every element: fewer of them per thread.
-_NARROW_TILINGS = {("propose", "cuda"): Tiling(rows=32, cols=128, ranks=32, warps=8)}
+_NARROW_TILINGS = {
+    ("propose", "cuda"): Tiling(rows=32, cols=128, ranks=32, warps=8),
+    ("apply", "cuda"): Tiling(rows=32, cols=128, ranks=32, warps=8),
+    ("onesided", "cuda"): Tiling(rows=16, cols=64, ranks=32, warps=8),
+}
 
 
 @dataclass(frozen=True)
