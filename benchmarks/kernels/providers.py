@@ -1,7 +1,8 @@
 """The ways to take a step that are compared: plain AdamW, and AdamW less its low-rank part.
 
 Every guarded provider does the same: AdamW's step s, c = G s, a = A c with a small matrix A, and
-p <- p + s - sum_i a_i G_i. The kernels know no safety, so A is any matrix.
+p <- p + s - sum_i a_i G_i. The kernels know no safety, so A is any matrix. K2 takes another part
+out, a subspace of the inputs of every matrix: one of N q columns.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Provider:
 
     Attributes:
         name: in tables.
-        guarded: True if the low-rank part is taken out.
+        guarded: True if the low-rank part of N gradients is taken out.
         build: makes the step of a layer, ready to be called again and again.
         bytes: what the step must move, every operation reading its inputs and writing its
             outputs; for kernels, what they move as counted in the interpreter.
@@ -117,6 +118,7 @@ def providers() -> list[Provider]:
         Provider("K1 without factors", False, _k1_alone, _k1_alone_bytes),
         Provider("K1, steps in the weights", True, _k1_in_place, _k1_in_place_bytes),
         Provider("K1, steps in a buffer", True, _k1_buffered, _k1_buffered_bytes),
+        Provider("K2", False, _k2, _k2_bytes),
     ]
 
 
@@ -174,16 +176,13 @@ def _step_of_tensors(
 
 
 def _k1_alone(layer: Layer) -> Step:
-    none = [layer.small.new_empty(0, 0, 0, dtype=torch.float32)]
-    left = [none[0].new_empty(0, 0, p.shape[0]) for p in layer.p]
-    right = [none[0].new_empty(0, 0, p.shape[1]) for p in layer.p]
-    return lambda: _ignore(
-        ops.adamw_propose_(layer.p, layer.g, layer.m, layer.v, left, right, 0, ADAMW)
-    )
+    return lambda: _without_factors(layer.p, layer.g, layer.m, layer.v)
 
 
-def _ignore(_: object) -> None:
-    return None
+def _without_factors(p: _List, g: _List, m: _List, v: _List) -> None:
+    left = [t.new_empty(0, 0, t.shape[0]) for t in p]
+    right = [t.new_empty(0, 0, t.shape[1]) for t in p]
+    ops.adamw_propose_(p, g, m, v, left, right, 0, ADAMW)
 
 
 def _k1_in_place(layer: Layer) -> Step:
@@ -201,6 +200,35 @@ def _k1(layer: Layer, steps: list[Tensor]) -> None:
         layer.p, layer.g, layer.m, layer.v, layer.left, layer.right, count, ADAMW, steps
     )
     ops.low_rank_apply_(layer.p, layer.left, layer.right, layer.small @ c, steps)
+
+
+def _k2(layer: Layer) -> Step:
+    bases = [orthonormal(p.shape[1], _columns(layer, p), p.device) for p in layer.p]
+
+    def step() -> None:
+        vectors: list[tuple[Tensor, ...]] = []
+        for p, g, m, v, basis in zip(layer.p, layer.g, layer.m, layer.v, bases, strict=True):
+            if p.shape[0] > 1:
+                ops.adamw_onesided_(p, g, m, v, basis, ADAMW)
+            else:
+                vectors.append((p, g, m, v))
+        if vectors:
+            _without_factors(*(list(tensors) for tensors in zip(*vectors, strict=True)))
+
+    return step
+
+
+def _columns(layer: Layer, p: Tensor) -> int:
+    """Columns of a matrix's basis: as many directions as its N factors have."""
+    ranks = (right for right in layer.right if right.shape[2] == p.shape[1])
+    return min(p.shape[1], max(right.shape[0] * right.shape[1] for right in ranks))
+
+
+def orthonormal(rows: int, columns: int, device: torch.device) -> Tensor:
+    """A random basis (rows, columns), fp32; the same for the same sizes."""
+    generator = torch.Generator().manual_seed(rows)
+    basis, _ = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
+    return basis.contiguous().to(device)
 
 
 # -- bytes -------------------------------------------------------------------------------------
@@ -245,3 +273,13 @@ def _k1_in_place_bytes(layer: Layer) -> int:
 
 def _k1_buffered_bytes(layer: Layer) -> int:
     return _per_parameter(layer, weights=6, moments=4) + 2 * layer.factor_bytes
+
+
+def _k2_bytes(layer: Layer) -> int:
+    total = 0
+    for p, m in zip(layer.p, layer.m, strict=True):
+        is_matrix, columns = p.shape[0] > 1, _columns(layer, p)
+        total += p.numel() * ((4 if is_matrix else 3) * p.element_size() + 4 * m.element_size())
+        # The basis, and y of every row.
+        total += is_matrix * sum(p.shape) * columns * 4
+    return total
