@@ -137,6 +137,7 @@ def adamw_onesided_(
     owed = [] if compensation is None else [compensation]
     lists = {"g": [g], "m": [m], "v": [v], "compensation": owed}
     _check([p], lists, [basis.new_empty(0, 0, p.shape[0])], [basis.new_empty(0, 0, p.shape[1])], 0)
+    _check_narrow("basis", basis, [m])
     _check_rounding([p], [p], rounding, owed)
     if basis.dim() != 2 or basis.shape[0] != p.shape[1]:
         raise ValueError(
@@ -177,6 +178,8 @@ def _check(
         if weights.dim() != 2:
             raise ValueError(f"p must be matrices, got {tuple(weights.shape)}; use p.view(1, -1)")
         rank = high.shape[1]
+        if rank:
+            _check_narrow("factors", high, likes.get("m", ()))
         fits = (
             high.shape == (count, rank, weights.shape[0]),
             wide.shape == (count, rank, weights.shape[1]),
@@ -195,6 +198,15 @@ def _check_dtypes(name: str, pair: tuple[Tensor, Tensor], weight: torch.dtype) -
         raise ValueError(
             f"{name} must both be float32 or both in the dtype of the weights, {weight}; "
             f"got {first} and {second}"
+        )
+
+
+def _check_narrow(name: str, factor: Tensor, moments: Sequence[Tensor]) -> None:
+    """Forms with both in 16 bits spill registers, so there are none."""
+    if any(factor.dtype.itemsize == moment.dtype.itemsize == 2 for moment in moments):
+        raise ValueError(
+            f"{name} in {factor.dtype} with moments in {moments[0].dtype}: one of them must be "
+            f"float32; pass {name}.float(), or keep the moments in float32"
         )
 
 

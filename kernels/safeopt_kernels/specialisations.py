@@ -204,12 +204,14 @@ def apply(
 def specialisations(backend: str = "cuda") -> Iterator[Specialisation]:
     """All forms that an operator can ask one backend for; all are compiled ahead of time.
 
-    Moments and factors are in fp32 or in the dtype of the weights.
+    Moments or factors may be in the dtype of the weights; one of them is in fp32 at least.
     """
     for weight, aligned in itertools.product(TRITON_DTYPES, (True, False)):
         options: dict[str, Any] = {"aligned": aligned, "backend": backend}
         either = tuple(dict.fromkeys((torch.float32, weight)))
         for moment, factor in itertools.product(either, either):
+            if torch.float32 not in (moment, factor):
+                continue  # spills registers on sm_90, and operators refuse it
             for in_place in (False, True):
                 yield propose(weight, moment, factor, in_place=in_place, **options)
             for rounding in roundings_of(weight):

@@ -102,7 +102,8 @@ def tensor(data: st.DataObject, *shape: int, dtype: torch.dtype) -> Tensor:
 def test_every_launch_is_of_a_form_compiled_ahead_of_time(target: str, data: st.DataObject) -> None:
     known = listed(target)
     weight = data.draw(st.sampled_from(list(TRITON_DTYPES)))
-    moment, factor = (data.draw(st.sampled_from((torch.float32, weight))) for _ in range(2))
+    pairs = ((torch.float32, torch.float32), (torch.float32, weight), (weight, torch.float32))
+    moment, factor = data.draw(st.sampled_from(pairs))
     rows, cols = (data.draw(st.sampled_from((1, 16, 17, 64))) for _ in range(2))
     count, rank = (
         data.draw(st.sampled_from((1, 16, 70, 512))),

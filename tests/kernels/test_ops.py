@@ -307,6 +307,29 @@ def test_arguments_that_do_not_fit_are_refused(
         lists.propose()
 
 
+def test_factors_and_moments_are_not_both_narrow() -> None:
+    lists = Lists.random(14, [(4, 6)], 2, 1, torch.bfloat16)
+    narrow = {
+        name: [t.bfloat16() for t in getattr(lists, name)] for name in ("m", "v", "left", "right")
+    }
+    lists.left, lists.right = narrow["left"], narrow["right"]
+    lists.propose()
+    lists.m, lists.v = narrow["m"], narrow["v"]
+    before = [t.clone() for t in (*lists.p, *lists.m, *lists.v)]
+    with pytest.raises(ValueError, match=r"pass factors\.float\(\), or keep the moments"):
+        lists.propose(in_place=True)
+    basis = torch.eye(6, 2, dtype=torch.bfloat16)
+    tensors = (lists.p[0], lists.g[0], lists.m[0], lists.v[0])
+    with pytest.raises(ValueError, match=r"pass basis\.float\(\)"):
+        ops.adamw_onesided_(*tensors, basis, ADAMW)
+    for now, then in zip((*lists.p, *lists.m, *lists.v), before, strict=True):
+        assert torch.equal(now, then)
+    ops.adamw_onesided_(*tensors, basis.float(), ADAMW)
+    lists.left, lists.right = ([t.float() for t in ts] for ts in (lists.left, lists.right))
+    lists.propose(in_place=True)
+    assert not torch.equal(lists.p[0], before[0])
+
+
 def test_roundings_that_do_not_fit_are_refused() -> None:
     lists = Lists.random(13, [(4, 4)], 2, 1, torch.float32)
     factors = (lists.left, lists.right, torch.zeros(2))
