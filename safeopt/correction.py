@@ -97,6 +97,10 @@ class LevelSetCorrection:
         """Take in c = G s and ||s||^2 of some parameters that count."""
         self._step.take(coefficients, squared_norm)
 
+    def spent(self, seconds: float) -> None:
+        """Count time that the step has taken elsewhere, for ``safety/step_ms``."""
+        self._seconds += seconds
+
     def observe(self, name: str, parameter: Tensor, displacement: Tensor) -> None:
         """Add one parameter's displacement to c = G s and to ||s||^2."""
         del parameter

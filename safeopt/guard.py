@@ -346,7 +346,8 @@ class Guard:
         (share of the gradient energy that compression kept, mean), ``safety/sketch_mb``,
         ``safety/basis_age`` (steps), ``safety/refreshes`` (their number), ``safety/brake`` (factor
         on the learning rate), ``safety/refresh_ms`` and ``safety/step_ms`` (milliseconds of the
-        last refresh and of the last step beyond the base optimizer).
+        last refresh and of the last step beyond the base optimizer; kernels do both at once and
+        count whole).
         """
         metrics = self._metrics | self._schedule.metrics() | {"safety/brake": self.brake}
         if self._frame is not None:

@@ -9,6 +9,7 @@ size of the weights, so that the kernels round once.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,7 +79,9 @@ def listed_step(optimizer: AdamW, guard: StepGuard, precision: Precision) -> Non
     parameters, correction = begin(optimizer, guard)
     assert isinstance(correction, LevelSetCorrection)
     lists = Lists(optimizer, parameters, correction, precision)
+    start = time.perf_counter()
     lists.propose(guard.brake)
+    correction.spent(time.perf_counter() - start)
     correction.finish(parameters, lists.write)
 
 

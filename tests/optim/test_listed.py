@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -111,6 +112,21 @@ def test_many_parameters_take_two_calls(monkeypatch: pytest.MonkeyPatch) -> None
         optimizer.step()
     groups = [len(g["params"]) for g in optimizer.param_groups]
     assert lengths == {"propose": groups, "apply": [len(parameters)]}
+
+
+@pytest.mark.usefixtures("listed")
+def test_the_time_of_a_step_counts_both_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, _ = pair()
+    propose, apply = ops.adamw_propose_, ops.low_rank_apply_
+    monkeypatch.setattr(ops, "adamw_propose_", lambda *r: (time.sleep(0.2), propose(*r))[1])
+    monkeypatch.setattr(
+        ops, "low_rank_apply_", lambda *r, **k: (time.sleep(0.1), apply(*r, **k))[1]
+    )
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert optimizer.guard is not None
+    assert optimizer.guard.metrics()["safety/step_ms"] >= 300
 
 
 # -- who takes which way -----------------------------------------------------------------------
