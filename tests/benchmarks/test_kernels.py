@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.kernels import run, sketch, tables
 from benchmarks.kernels.layers import MODELS
-from benchmarks.kernels.providers import ADAMW, Provider, make_layer, providers
+from benchmarks.kernels.providers import ADAMW, Provider, make_layer, orthonormal, providers
 from benchmarks.markdown import fill
 from safeopt_kernels import reference
 
@@ -73,6 +73,26 @@ def test_the_bytes_of_adamw_in_torch_have_a_closed_form() -> None:
     assert by_name["K1 without factors"] == 22
     factors = 2 * layer.factor_bytes / layer.parameters
     assert by_name["K1, steps in a buffer"] == pytest.approx(28 + factors)
+    matrix, vector, columns = 64 * 160, 80, 2
+    whole = 24 * matrix + 22 * vector + 4 * (64 + 160) * columns
+    assert by_name["K2"] == pytest.approx(whole / (matrix + vector))
+
+
+def test_k2_steps_matrices_outside_a_subspace_and_vectors_whole() -> None:
+    (k2,) = (provider for provider in providers() if provider.name == "K2")
+    layer = make_layer([(24, 40), (1, 40)], 3, 2, torch.float32, "cpu")
+    before = [p.double() for p in layer.p]
+    step, vector = (
+        reference.propose_(p.clone(), g.double(), m.double(), v.double(), ADAMW)
+        for p, g, m, v in zip(before, layer.g, layer.m, layer.v, strict=True)
+    )
+    basis = orthonormal(40, 3 * 2, torch.device("cpu"))
+    k2.build(layer)()
+    for p, old, truth in zip(
+        layer.p, before, (reference.project_rows(step, basis.double()), vector), strict=True
+    ):
+        error = (p.double() - old - truth).abs().max()
+        assert float(error) < 2**-23 * float(p.abs().max())
 
 
 def test_the_benchmark_runs_and_writes_what_it_printed(
