@@ -227,7 +227,7 @@ def _columns(layer: Layer, p: Tensor) -> int:
 def orthonormal(rows: int, columns: int, device: torch.device) -> Tensor:
     """A random basis (rows, columns), fp32; the same for the same sizes."""
     generator = torch.Generator().manual_seed(rows)
-    basis, _ = torch.linalg.qr(torch.randn(rows, columns, generator=generator))
+    basis: Tensor = torch.linalg.qr(torch.randn(rows, columns, generator=generator)).Q
     return basis.contiguous().to(device)
 
 
