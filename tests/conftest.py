@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from safeopt_kernels import native
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -58,3 +60,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCaus
             return LlamaForCausalLM(LlamaConfig(**{**options, **changes}))
 
     return make
+
+
+@pytest.fixture
+def native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask for the C++ kernels, on CPUs that have what they need."""
+    obstacle = native.obstacle([])
+    if obstacle is not None:
+        pytest.skip(f"no native kernels here: {obstacle}")
+    monkeypatch.setenv("SAFEOPT_KERNELS", "native")

@@ -13,18 +13,12 @@ from torch import Tensor
 from safeopt_kernels import build, dispatch, native, ops, reference
 from tests.kernels.test_ops import ADAMW, Lists, worst
 
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
 # Factors and steps enter the products with 16 bits: each rounds by 2^-17, and a product of the two
 # lower halves, 2^-18, is left out.
 PRODUCTS = 2.0**-15
 FP32 = 64 * 2.0**-23
-
-
-@pytest.fixture(autouse=True)
-def _native(monkeypatch: pytest.MonkeyPatch) -> None:
-    obstacle = native.obstacle([])
-    if obstacle is not None:
-        pytest.skip(f"no native kernels here: {obstacle}")
-    monkeypatch.setenv("SAFEOPT_KERNELS", "native")
 
 
 def check(lists: Lists) -> None:

@@ -14,6 +14,16 @@ from tests.zoo import llama, random_anchors
 
 Pair = tuple[safeopt.SafeAdamW, safeopt.SafeAdamW]
 
+# Two orders of the same fp32 sums; the steps are of length 1e-3 to 3e-3 an element.
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
+
+MOVES: tuple[dict[str, Any], ...] = (
+    {"budget": -1.0, "momentum_orthogonal": True},
+    {"budget": -1.0, "refresh_every": 1},
+    {"tangent": False},
+    {"rank": 2, "compression_rank": None},
+)
+
 
 def pair(
     model: nn.Module | None = None, guard: dict[str, Any] | None = None, **options: Any

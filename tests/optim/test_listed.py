@@ -15,11 +15,8 @@ from safeopt.optim import adamw
 from safeopt.optim.listed import takes_lists
 from safeopt.optim.storage import Precision
 from safeopt_kernels import dispatch, ops
-from tests.optim.listed import assert_same, pair, step_both
+from tests.optim.listed import MOVES, TOLERANCE, assert_same, pair, step_both
 from tests.zoo import ARCHITECTURES, llama, random_anchors, take_training_step
-
-# Two orders of the same fp32 sums; the steps are of length 1e-3 to 3e-3 an element.
-TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 
 
 @pytest.fixture
@@ -37,16 +34,7 @@ def test_lists_are_the_reference(name: str) -> None:
 
 
 @pytest.mark.usefixtures("listed")
-@pytest.mark.parametrize(
-    "guard",
-    [
-        {"budget": -1.0, "momentum_orthogonal": True},
-        {"budget": -1.0, "refresh_every": 1},
-        {"tangent": False},
-        {"rank": 2, "compression_rank": None},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("guard", MOVES, ids=str)
 def test_every_move_is_the_reference(guard: dict[str, Any]) -> None:
     optimizers = pair(guard=guard)
     step_both(optimizers)

@@ -12,19 +12,10 @@ import safeopt
 from safeopt.optim.listed import takes_lists
 from safeopt.optim.storage import Precision
 from safeopt_kernels import native
-from tests.optim.listed import assert_same, pair, step_both
+from tests.optim.listed import MOVES, TOLERANCE, assert_same, pair, step_both
 from tests.zoo import ARCHITECTURES, llama, random_anchors, take_training_step
 
-# The steps are of length 1e-3 to 3e-3 an element; what is taken out is right to 2^-15 of itself.
-TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
-
-
-@pytest.fixture(autouse=True)
-def _native(monkeypatch: pytest.MonkeyPatch) -> None:
-    obstacle = native.obstacle([])
-    if obstacle is not None:
-        pytest.skip(f"no native kernels here: {obstacle}")
-    monkeypatch.setenv("SAFEOPT_KERNELS", "native")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 @pytest.mark.parametrize("name", ["llama", "tied-llama", "gpt2", "lora-llama"])
@@ -34,16 +25,7 @@ def test_native_steps_are_the_reference(name: str) -> None:
     assert_same(optimizers, **TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "guard",
-    [
-        {"budget": -1.0, "momentum_orthogonal": True},
-        {"budget": -1.0, "refresh_every": 1},
-        {"tangent": False},
-        {"rank": 2, "compression_rank": None},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("guard", MOVES, ids=str)
 def test_every_native_move_is_the_reference(guard: dict[str, Any]) -> None:
     optimizers = pair(guard=guard)
     step_both(optimizers)
