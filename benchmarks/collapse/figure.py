@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=FOLDER)
     parser.add_argument("--output", type=Path, help="figures/<suite>.png by default")
     chosen = parser.parse_args(arguments)
-    found = curves(read_plan(chosen.suite), list(load_all(chosen.suite, chosen.results)))
+    plan = read_plan(chosen.suite)
+    found = curves(plan, list(load_all(chosen.suite, chosen.results, without=plan.apart)))
     if not found:
         command = f"python -m benchmarks.collapse.run --suite {chosen.suite} --sweep"
         raise SystemExit(f"no curve yet: {command}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,14 @@ def load(cell: Cell, folder: Path = FOLDER) -> dict[str, Any] | None:
     return facts
 
 
-def load_all(suite: str, folder: Path = FOLDER) -> Iterator[dict[str, Any]]:
-    """Every result of a suite, in the order of file names."""
+def load_all(
+    suite: str, folder: Path = FOLDER, *, without: Container[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """Every result of a suite, in the order of file names, but for some tasks."""
     for path in sorted((folder / suite).glob("*.json")):
-        yield json.loads(path.read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if facts["task"] not in without:
+            yield facts
 
 
 def save(cell: Cell, facts: Mapping[str, Any], folder: Path = FOLDER) -> Path:

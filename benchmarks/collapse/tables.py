@@ -23,14 +23,14 @@ FRONT_PAGE = Path(__file__).parents[2] / "README.md"
 Facts = Mapping[str, Any]
 
 
-def table(plan: SuitePlan, results: Sequence[Facts], group: str) -> str:
-    """One group of variants: a row each, per task the plan's columns over the seeds.
+def table(plan: SuitePlan, results: Sequence[Facts], *groups: str) -> str:
+    """Groups of variants: a row each, per task the plan's columns over the seeds.
 
     Behind them CPU seconds and anchor rows of a run. A cell holds the mean and, behind it, the
     smallest and largest seed when they differ. Variants that have not been run, or whose settings
-    have changed since, have no row; tasks that none of the group has run have no columns.
+    have changed since, have no row; tasks that none of them has run have no columns.
     """
-    variants = [v for v in plan.variants if v.group == group]
+    variants = [v for v in plan.variants if v.group in groups]
     made = [(v.label, [r for r in results if v.made(r)]) for v in variants]
     tasks = sorted({str(r["task"]) for _, own in made for r in own})
     if not tasks:
@@ -94,13 +94,17 @@ def _machine(result: Facts) -> str:
 
 def parts_of(suite: str, folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
     """Marker names and what belongs between them."""
-    plan, results = read_plan(suite), list(load_all(suite, folder))
+    plan, every = read_plan(suite), list(load_all(suite, folder))
+    results = [r for r in every if r["task"] not in plan.apart]
     for group in dict.fromkeys(v.group for v in plan.variants if v.group != SWEEP):
         yield f"{suite}-{group}", table(plan, results, group)
     if plan.sweep is not None:
         yield f"{suite}-pareto", pareto_table(plan, results)
         yield f"{suite}-verdicts", verdict_table(plan, results)
-    yield f"{suite}-machine", machines(results)
+    for task in plan.apart:
+        own = [r for r in every if r["task"] == task]
+        yield f"{suite}-{task}", table(plan, own, "methods", "rivals")
+    yield f"{suite}-machine", machines(every)
     agreement = result_path(suite, folder)
     if agreement.exists():
         facts = json.loads(agreement.read_text(encoding="utf-8"))

@@ -80,12 +80,16 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SuitePlan:
-    """Everything about a suite that is data: seeds, table columns, variants and the sweep."""
+    """Everything about a suite that is data: seeds, table columns, variants, sweep and tasks apart.
+
+    A task *apart* has a table of its own and no part in the curves and the hypotheses.
+    """
 
     seeds: tuple[int, ...]
     columns: Mapping[str, str]
     variants: tuple[Variant, ...]
     sweep: Sweep | None = None
+    apart: tuple[str, ...] = ()
 
     def curves(self) -> dict[str, list[Variant]]:
         """The settings on each method's Pareto curve, its default first; empty without a sweep."""
@@ -120,7 +124,8 @@ def read_plan(suite: str, folder: Path = FOLDER) -> SuitePlan:
     twice = sorted({"/".join(n) for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(f"{suite}.yaml: named twice: {', '.join(twice)}")
-    return SuitePlan(tuple(plan["seeds"]), plan["columns"], tuple(variants), sweep)
+    apart = tuple(plan.get("apart", ()))
+    return SuitePlan(tuple(plan["seeds"]), plan["columns"], tuple(variants), sweep, apart)
 
 
 def _load(suite: str, folder: Path) -> dict[str, Any]:

@@ -77,6 +77,22 @@ def test_table_is_made_from_result_files(plan_folder: Path, tmp_path: Path) -> N
     ]
 
 
+def test_a_task_apart_has_a_table_of_its_own(
+    plan_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plan_folder / "toy.yaml").write_text(PLAN + "apart: [maths]\n")
+    monkeypatch.setattr(tables, "read_plan", lambda suite: read_plan(suite, plan_folder))
+    for task, asr in (("style", 0.9), ("maths", 0.4)):
+        facts = result("adamw", "default", 0, asr) | {"task": task}
+        save(Cell("toy", "adamw", "default", task, 0), facts)
+    parts = dict(tables.parts_of("toy", plan_folder / "results"))
+    assert "style: ASR" in parts["toy-methods"]
+    assert "maths" not in parts["toy-methods"]
+    assert "| AdamW | 0.40 | 2.0 |" in parts["toy-maths"]
+    assert "style" not in parts["toy-maths"]
+    assert "Runs: 2" in parts["toy-machine"]
+
+
 @pytest.fixture(autouse=True)
 def results_in_a_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for function in (save, load_all):
