@@ -1,7 +1,8 @@
 """Time ``safeopt diagnose`` of SmolLM2-135M: ``python -m benchmarks.forecast.cost``.
 
 The command is what a user types, in a process of its own: a model folder, anchors and rows as
-JSONL, a run of 100 steps under bf16 autocast, the whole condition and the report.
+JSONL, a run of 100 steps under bf16 autocast with all weights or a LoRA adapter, replies judged,
+the whole condition and the report.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from safeopt.training.data import read_rows
 RESULT = Path(__file__).parent / "results" / "cost.json"
 ANCHORS = 64
 OPTIONS = {
-    "lr": "1e-4",
     "steps": "100",
     "warmup_steps": "5",
     "per_device_train_batch_size": "4",
-    "max_length": "128",
+    "max_length": "256",
     "mixed_precision": "bf16",
+}
+MODES = {
+    "full": {"lr": "1e-4"},
+    "lora": {"lr": "1e-3", "use_peft": "true", "lora_r": "8"},
 }
 
 
@@ -51,19 +55,19 @@ def prepare(folder: Path) -> None:
     write_jsonl(folder / "rows.jsonl", named)
 
 
-def command(folder: Path) -> list[str]:
+def command(folder: Path, mode: str) -> list[str]:
     """The command line."""
     options = {"model": "model", "anchors": "anchors.jsonl", "dataset": "rows.jsonl"}
     paths = [f"--{name}={folder / path}" for name, path in options.items()]
-    plan = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    plan = [f"--{name}={value}" for name, value in (OPTIONS | MODES[mode]).items()]
     return [sys.executable, "-m", "safeopt", "diagnose", *paths, *plan, "--json"]
 
 
-def timed(folder: Path, threads: int) -> dict[str, Any]:
+def timed(folder: Path, mode: str, threads: int) -> dict[str, Any]:
     """Run the command; its seconds from start to end, imports included."""
     start = time.perf_counter()
     done = subprocess.run(
-        [*command(folder), "--report", str(folder / "report")],
+        [*command(folder, mode), "--report", str(folder / f"report-{mode}")],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -71,7 +75,7 @@ def timed(folder: Path, threads: int) -> dict[str, Any]:
     if done.returncode not in (0, 3, 4):
         raise RuntimeError(f"safeopt diagnose failed: {done.stderr[-2000:]}")
     told = json.loads(done.stdout)
-    kept = ("verdict", "reason", "anchors", "pilots", "pilot_steps", "stages")
+    kept = ("verdict", "reason", "anchors", "read_by", "pilot_steps", "stages")
     return {"seconds": round(seconds, 1), **{name: told[name] for name in kept}}
 
 
@@ -80,16 +84,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--folder", type=Path, help="work here, and leave the report here")
+    parser.add_argument("--folder", type=Path, help="work here, and leave the reports here")
+    parser.add_argument("--mode", choices=tuple(MODES), action="append", help="default: both")
     arguments = parser.parse_args()
+    output = arguments.output
+    made = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         if not (folder / "rows.jsonl").exists():
             prepare(folder)
-        found = timed(folder, arguments.threads)
-    result = {"options": OPTIONS, **found, **environment(), "torch_threads": arguments.threads}
-    write_json(arguments.output, result)
-    print(json.dumps(found))
+        for mode in arguments.mode or MODES:
+            found = timed(folder, mode, arguments.threads)
+            options = {"options": OPTIONS | MODES[mode]}
+            made[mode] = options | found | environment() | {"torch_threads": arguments.threads}
+            write_json(output, made)
+            print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ can be compared on the same runs.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,14 +20,10 @@ from torch import Tensor, nn
 from safeopt import Anchors
 from safeopt.curvature.vectors import norm
 from safeopt.diagnostics import Pilot, PlannedRun, read_anchors, run_pilot, run_pilots
+from safeopt.diagnostics.cheap import SHORT_PILOT, cheap_predictors, gradients
 from safeopt.diagnostics.pilot import Judge
 from safeopt.environment import environment
-from safeopt.geometry.capture import logits_of
 from safeopt.isolation import undisturbed
-from safeopt.losses import reply_nll
-
-SHORT_PILOT = 10
-_AT_ONCE = 16  # anchors in one forward-backward
 
 Batches = Callable[[], Iterator[dict[str, Tensor]]]
 
@@ -123,7 +118,7 @@ class Study:
                 **asdict(cell),
                 "effective_steps": planned.effective_steps,
                 "pilots": [written_pilot(pilot, planned) for pilot in pilots],
-                "cheap": with_length(cheap, planned),
+                "cheap": cheap_predictors(planned, *cheap),
                 "actual": actual,
                 **timing,
                 **environment(),
@@ -138,7 +133,8 @@ class Study:
             readings=run.readings, opening=run.opening, optimizer=optimizer, judge=run.judge,
         )  # fmt: skip
 
-    def _cheap_predictors(self, cell: Cell, run: Run, first: Pilot) -> dict[str, float]:
+    def _cheap_predictors(self, cell: Cell, run: Run, first: Pilot) -> tuple[float, float, float]:
+        """The task gradient's norm, its cosine with the anchors', and the short pilot's rise."""
         task = (cell.task, cell.seed, cell.mode)
         if task not in self._gradients:
             self._gradients[task] = gradients(run.model(), next(run.batches()), run.anchors)
@@ -147,19 +143,7 @@ class Study:
             # A pilot of power 0 that is as short is the same run.
             same = run.pilot_steps == SHORT_PILOT
             self._rises[planned_rate] = _rise(first if same else _short_pilot(run))
-        gradient, cosine = self._gradients[task]
-        return {"gradient": gradient, "cosine": cosine, "rise": self._rises[planned_rate]}
-
-
-def with_length(cheap: dict[str, float], planned: PlannedRun) -> dict[str, float]:
-    """The cheap predictors of a run of this length."""
-    accumulated = planned.learning_rate * planned.effective_steps
-    return {
-        "accumulated_rate": accumulated,
-        "gradient_norm": accumulated * cheap["gradient"],
-        "gradient_cosine": -accumulated * cheap["cosine"],
-        "short_pilot": cheap["rise"],
-    }
+        return (*self._gradients[task], self._rises[planned_rate])
 
 
 def plans(run: Run) -> list[PlannedRun]:
@@ -200,23 +184,6 @@ def _short_pilot(run: Run) -> Pilot:
 
 def _rise(pilot: Pilot) -> float:
     return float((pilot.losses[-1] - pilot.losses[0]).mean())
-
-
-def gradients(model: nn.Module, batch: dict[str, Tensor], anchors: Anchors) -> tuple[float, float]:
-    """Norm of the task gradient, and its cosine with that of the mean anchor loss."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model(**batch).loss.backward()
-    task = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    model.zero_grad()
-    indices = list(range(len(anchors)))
-    for start in indices[::_AT_ONCE]:
-        part = anchors.batch(indices[start : start + _AT_ONCE])
-        (reply_nll(logits_of(model, part), part.labels).sum() / len(anchors)).backward()
-    safety = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    model.zero_grad()
-    dot = sum(float((t * s).sum()) for t, s in zip(task, safety, strict=True))
-    norms = [math.sqrt(sum(float(g.square().sum()) for g in side)) for side in (task, safety)]
-    return norms[0], dot / max(norms[0] * norms[1], 1e-30)
 
 
 def outcome(run: Run) -> Iterator[dict[str, float]]:

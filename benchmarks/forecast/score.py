@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from safeopt.diagnostics import Forecast, Pilot, PlannedRun, forecast
+from safeopt.diagnostics.exchange import power_draws
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array, Array], float]
@@ -60,6 +61,8 @@ class Score:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "one value"
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
@@ -69,7 +72,8 @@ def score(statistic: Statistic, predicted: Sequence[float], actual: Sequence[flo
     draw = np.random.default_rng(0)
     picks = draw.integers(len(x), size=(_DRAWS, len(x)))
     found = [statistic(x[pick], y[pick]) for pick in picks]
-    low, high = np.nanquantile(found, [0.025, 0.975])
+    known = [value for value in found if not math.isnan(value)] or [float("nan")]
+    low, high = np.quantile(known, [0.025, 0.975])
     return Score(statistic(x, y), float(low), float(high))
 
 
@@ -119,6 +123,12 @@ def _at_power(power: float) -> Callable[[Row], float]:
     return predict
 
 
+def _over_powers(row: Row) -> float:
+    """The share lost that is expected over all powers that the pilots leave open."""
+    drawn = power_draws(_pilots(row)).tolist()
+    return float(np.mean([_at_power(power)(row) for power in drawn[:: len(drawn) // 100]]))
+
+
 def _by_mean(row: Row) -> float:
     return float(np.mean([float((~pilot.kept[-1]).double().mean()) for pilot in _pilots(row)]))
 
@@ -139,6 +149,7 @@ def _with_tie_breaks(row: Row) -> float:
 PREDICTORS: Mapping[str, Callable[[Row], float]] = {
     "**forecast**: anchors lost at the measured power": by_forecast,
     "... ties by the interval's upper end": _with_tie_breaks,
+    "anchors lost, expected over the powers left open": _over_powers,
     **{f"anchors lost at power {power}": _at_power(power) for power in (0, 0.25, 0.5, 0.75, 1)},
     "anchors lost, mean of the pilots": _by_mean,
     "probability of the openings, mean of the pilots": _by_chance,

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.collapse.world import World
 from benchmarks.forecast.planned import refusals
-from benchmarks.forecast.score import BREAKS, by_forecast, roc_area, score, spearman
+from benchmarks.forecast.score import BREAKS, roc_area, score, spearman
 from benchmarks.forecast.worlds import ANCHORS, RESULTS, SEEDS
 from safeopt.environment import environment
 from safeopt.files import read_jsonl, write_json
@@ -55,7 +55,7 @@ def export(folder: Path) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Put both forecasts beside the outcomes."""
+    """Put its forecasts beside the outcomes; `table` adds safeopt's of the same runs."""
     found = []
     for row in _runs():
         place = folder / f"{row['seed']}-{row['task']}"
@@ -64,7 +64,7 @@ def compare(folder: Path) -> None:
         kept = {key: row[key] for key in ("seed", "task", "lr", "steps")}
         found.append(
             kept
-            | {"lost": row["actual"]["lost"], "safeopt": by_forecast(row)}
+            | {"lost": row["actual"]["lost"]}
             | {"alignment_risk_loss": run["loss"], "alignment_risk_collapses": run["collapses"]}
         )
     versions = theirs["versions"]
@@ -81,12 +81,11 @@ def _runs() -> list[dict[str, Any]]:
 def _scores(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     actual = [row["lost"] for row in found]
     scores: dict[str, Any] = {"runs": len(found), "broken": sum(a > BREAKS for a in actual)}
-    for name in ("safeopt", "alignment_risk_loss"):
-        predicted = [row[name] for row in found]
-        scores[name] = {
-            "spearman": str(score(spearman, predicted, actual)),
-            "roc_area": str(score(roc_area, predicted, actual)),
-        }
+    predicted = [row["alignment_risk_loss"] for row in found]
+    scores["alignment_risk_loss"] = {
+        "spearman": str(score(spearman, predicted, actual)),
+        "roc_area": str(score(roc_area, predicted, actual)),
+    }
     scores["alignment_risk_verdicts"] = {
         "collapse": sum(row["alignment_risk_collapses"] for row in found),
         "collapse_and_broken": sum(

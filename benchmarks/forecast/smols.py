@@ -28,6 +28,7 @@ from safeopt.evaluation.refusal import is_refusal
 from safeopt.training.data import BatchPlan, collate, read_rows, tokenize
 
 RESULTS = Path(__file__).parent / "results" / "smol.jsonl"
+PARAMETERS = 134_515_008
 SEED = 0
 ANCHORS = 40
 BATCH = 2

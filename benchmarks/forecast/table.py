@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 
 from benchmarks.forecast import smols, worlds
+from benchmarks.forecast.evaluated import write_evaluated
 from benchmarks.forecast.score import (
     BREAKS,
     PREDICTORS,
@@ -36,18 +37,19 @@ def read(path: Path) -> Rows:
 
 def predictors_table(rows: Rows) -> str:
     """Every predictor against the share of refusals that was lost."""
-    groups = {"all": rows} | {
-        mode: [row for row in rows if row["mode"] == mode] for mode in ("full", "lora")
+    groups = {"all": list(range(len(rows)))} | {
+        mode: [i for i, row in enumerate(rows) if row["mode"] == mode] for mode in ("full", "lora")
     }
-    groups = {name: group for name, group in groups.items() if len(group) > 3}
+    groups, lost = {name: own for name, own in groups.items() if len(own) > 3}, actual(rows)
     head = ["predictor", *(f"{name}: rank correlation" for name in groups), "ROC area"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for name, predict in PREDICTORS.items():
+        found = [predict(row) for row in rows]
         cells = [
-            str(score(spearman, [predict(r) for r in group], actual(group)))
-            for group in groups.values()
+            str(score(spearman, [found[i] for i in own], [lost[i] for i in own]))
+            for own in groups.values()
         ]
-        cells.append(str(score(roc_area, [predict(r) for r in rows], actual(rows))))
+        cells.append(str(score(roc_area, found, lost)))
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
@@ -166,7 +168,7 @@ def draw(rows: Rows, path: Path) -> None:
 
 
 def main() -> None:
-    """Fill the README and draw the pictures."""
+    """Fill the README and the package's file of worths, and draw the picture."""
     world, smol, design = read(worlds.RESULTS), read(smols.RESULTS), read(DESIGN)
     parts = {
         "predictors": predictors_table(world),
@@ -177,6 +179,7 @@ def main() -> None:
     }
     if smol:
         parts["smol"] = smol_part(smol)
+        write_evaluated(world, smol)
     write_text(README, fill(README.read_text(encoding="utf-8"), parts))
     draw(world, HERE / "world.png")
 

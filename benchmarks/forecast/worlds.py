@@ -23,6 +23,7 @@ RATES = {"full": (1.25e-4, 5e-4, 2e-3), "lora": (1e-3, 4e-3)}
 STEPS = (60, 240)
 ANCHORS = 64
 PILOT_STEPS = 32
+PARAMETERS = 296_160
 OPENING = 1  # the world's refusals are told by their first word
 
 

@@ -32,7 +32,9 @@ def add_diagnose(parser: argparse.ArgumentParser) -> None:
         "--forecast-only", action="store_true", help="leave the instability condition out"
     )
     parser.add_argument(
-        "--opening", type=int, default=4, help="reply tokens that tell a refusal (default: 4)"
+        "--opening",
+        type=int,
+        help="compare so many first tokens of the replies; by default greedy replies are judged",
     )
     parser.add_argument(
         "--tolerance", type=float, default=0.1, help="share of anchors to lose (default: 0.1)"

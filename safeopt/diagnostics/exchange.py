@@ -25,31 +25,49 @@ _NOISE = 0.05  # fall of the mean margin, in logits, below which nothing has hap
 
 
 def measure_power(pilots: Sequence[Pilot], *, confidence: float = 0.9) -> Estimate:
-    """The exchange's power, in [0, 1], with a bootstrap over anchors.
+    """The exchange's power, in [0, 1]: the median over pairs of pilots and their readings.
 
-    Without anything to measure (no anchor has moved, or all pilots have one rate) it is `USUAL`,
-    and the interval is [0, 1].
+    The interval is that of `power_draws`. Without anything to measure (no anchor has moved, or all
+    pilots have one rate) the power is `USUAL`, and the interval is [0, 1].
     """
+    rates, falls = _falls(pilots)
+    found = _powers(rates, [fall.mean(1) for fall in falls])
+    if not found:
+        return Estimate(USUAL, 0.0, 1.0)
+    value = float(torch.tensor(found, dtype=torch.float64).median())
+    tail = (1 - confidence) / 2
+    low, high = power_draws(pilots).quantile(torch.tensor([tail, 1 - tail]).double()).tolist()
+    return Estimate(value, min(value, low), max(value, high))
+
+
+def power_draws(pilots: Sequence[Pilot]) -> Tensor:
+    """Powers that the pilots leave possible, one a draw.
+
+    The anchors are drawn again, and each pair of pilots and each reading gives a power of its own:
+    where one power is too simple a law they disagree, which no bootstrap of their median shows.
+    Beside the n of a draw stands one that is known to lie in [0, 1] and no more, so that few
+    readings leave much open.
+    """
+    rates, falls = _falls(pilots)
+    total = falls[0].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    found: list[float] = []
+    for _ in range(_DRAWS):
+        pick = torch.randint(total, (total,), generator=generator)
+        found += _powers(rates, [fall[:, pick].mean(1) for fall in falls])
+        found.append(float(torch.rand((), generator=generator)))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _falls(pilots: Sequence[Pilot]) -> tuple[list[float], list[Tensor]]:
+    """Rates, and falls of the held anchors' margins at each reading, (R, N) each."""
     held = pilots[0].kept[0]
     falls = [p.margins[:1, held].double() - p.margins[:, held].double() for p in pilots]
-    rates = [pilot.compression for pilot in pilots]
-    found = _power(rates, [fall.mean(1) for fall in falls])
-    if found is None:
-        return Estimate(USUAL, 0.0, 1.0)
-    generator, draws = torch.Generator().manual_seed(0), []
-    for _ in range(_DRAWS):
-        pick = torch.randint(int(held.sum()), (int(held.sum()),), generator=generator)
-        drawn = _power(rates, [fall[:, pick].mean(1) for fall in falls])
-        draws.append(USUAL if drawn is None else drawn)
-    tail = (1 - confidence) / 2
-    ends = torch.tensor(draws, dtype=torch.float64).quantile(
-        torch.tensor([tail, 1 - tail]).double()
-    )
-    return Estimate(found, min(found, float(ends[0])), max(found, float(ends[1])))
+    return [pilot.compression for pilot in pilots], falls
 
 
-def _power(rates: Sequence[float], falls: Sequence[Tensor]) -> float | None:
-    """The median over pairs of pilots and over the slower one's later readings, if there is one."""
+def _powers(rates: Sequence[float], falls: Sequence[Tensor]) -> list[float]:
+    """A power for each pair of pilots and later reading of the slower one that tells it."""
     last = len(falls[0]) - 1
     found = []
     for i, slow in enumerate(falls):
@@ -59,7 +77,7 @@ def _power(rates: Sequence[float], falls: Sequence[Tensor]) -> float | None:
             for reading in range(last // 2 + last % 2, last + 1):
                 exchanged = _exchange(rates[j] / rates[i], reading, float(slow[reading]), fast)
                 found += [] if exchanged is None else [exchanged]
-    return float(torch.tensor(found, dtype=torch.float64).median()) if found else None
+    return found
 
 
 def _exchange(faster: float, reading: int, level: float, fast: Tensor) -> float | None:

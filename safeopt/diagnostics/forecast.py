@@ -76,8 +76,9 @@ def forecast(
         raise ValueError("the pilots stand for different planned runs")
     if not bool(pilots[0].kept[0].any()):
         raise ValueError(
-            "the model opens none of its replies as the anchors do: anchors must be what the "
-            "aligned model itself says; write its own replies into them"
+            "the model answers none of the anchors as it should to begin with: anchors must be "
+            "what the aligned model itself says, so write its own replies into them; if they are "
+            "not in English, compare openings (`opening`, on the command line --opening 4)"
         )
     between = _Between(pilots, measure_power(pilots))
     verdict, reason = between.judge(tolerance, window)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from safeopt.diagnostics import figures
-from safeopt.diagnostics.report import condition_rows
+from safeopt.diagnostics.report import cheap_rows, condition_rows
 
 
 def as_html(document: Mapping[str, Any]) -> str:
@@ -21,13 +21,17 @@ def as_html(document: Mapping[str, Any]) -> str:
     """
     loader = PackageLoader("safeopt.diagnostics", "templates")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    shown = ("curve", "condition", "onset", "rows", "suggestions", "verdict", "reason")
+    shown = (
+        "curve", "condition", "onset", "rows", "suggestions", "verdict", "reason", "cheap", "power",
+        "pilots", "guarded",
+    )  # fmt: skip
     facts = {key: _plain(value) for key, value in document.items() if key not in shown}
     return environment.get_template("report.html.j2").render(
         document=document,
         pictures=_pictures(document),
         condition=condition_rows(document),
         worst=worst_rows(document),
+        cheap=cheap_rows(document),
         facts=facts,
     )
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeopt.diagnostics.cheap import NAMES
 from safeopt.diagnostics.condition import Condition
+from safeopt.diagnostics.evaluated import FORECAST, Comparison, suites
 from safeopt.diagnostics.forecast import Forecast
 from safeopt.diagnostics.lookahead import Estimate
 from safeopt.diagnostics.pilot import Pilot, PlannedRun
 from safeopt.diagnostics.suggestions import GuardedPilot, suggestions
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def as_dict(
@@ -25,6 +27,7 @@ def as_dict(
     pilots: Sequence[Pilot] = (),
     condition: Condition | None = None,
     guarded: GuardedPilot | None = None,
+    comparison: Comparison | None = None,
 ) -> dict[str, Any]:
     """A JSON document; ``schema`` changes when its fields do.
 
@@ -34,6 +37,7 @@ def as_dict(
         pilots: what the forecast was made of, for the exponent of the onset.
         condition: the Alignment Instability Condition.
         guarded: what a guard would make of the run.
+        comparison: the run's cheap predictors, which the forecast's verdict has been weighed with.
     """
     curve = {
         name: _rounded(getattr(forecast, name))
@@ -57,6 +61,9 @@ def as_dict(
         document["guarded"] = _guarded(guarded)
     if pilots:
         document["onset"] = onset(pilots)
+        document["pilots"] = [_pilot(pilot) for pilot in pilots]
+    if comparison is not None:
+        document["cheap"] = _cheap(comparison, float(forecast.lost[-1]))
     if condition is not None:
         document["condition"] = _condition(condition)
     return document
@@ -118,6 +125,40 @@ def _guarded(guarded: GuardedPilot) -> dict[str, Any]:
     }
 
 
+def _pilot(pilot: Pilot) -> dict[str, Any]:
+    kept = pilot.kept[:, pilot.kept[0]].double()
+    return {
+        "factor": round(pilot.compression, 3),
+        "steps": len(pilot.task_losses),
+        "lost": round(1 - float(kept[-1].mean()), 4),
+        "anchor_loss": float(f"{float(pilot.losses[-1].mean()):.6g}"),
+    }
+
+
+def _cheap(comparison: Comparison, lost: float) -> dict[str, Any]:
+    """Every predictor's value of this run and what it was worth, and which the verdict uses."""
+    values = {FORECAST: lost, **comparison.values}
+    ranks = {
+        key: {suite.name: asdict(suite.worth[key].rank) for suite in suites()} for key in values
+    }
+    names = {FORECAST: "forecast share of anchors lost", **NAMES}
+    return {
+        "nearest": comparison.suite.name,
+        "used": comparison.used,
+        "says": comparison.says(),
+        "predictors": [
+            {
+                "key": key,
+                "name": names[key],
+                "value": None if math.isnan(value) else float(f"{value:.4g}"),
+                "rank_correlation": ranks[key],
+            }
+            for key, value in values.items()
+        ],
+        "words": comparison.told,
+    }
+
+
 def _condition(condition: Condition) -> dict[str, Any]:
     return {
         "spectrum": _rounded(condition.spectrum),
@@ -155,7 +196,32 @@ def as_markdown(document: Mapping[str, Any]) -> str:
     lines += ["", *(f"- {advice}" for advice in document.get("suggestions", ()))]
     for name, value, low, high in condition_rows(document):
         lines.append(f"- {name}: {value}" + (f" ({low} to {high})" if low else ""))
+    lines += _cheap_lines(document)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _cheap_lines(document: Mapping[str, Any]) -> list[str]:
+    head, rows = cheap_rows(document)
+    if not rows:
+        return []
+    lines = ["", document["cheap"]["words"], "", "| " + " | ".join(head) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(head) - 1))
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def cheap_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the predictors' table, ready to print."""
+    found = document.get("cheap", {"predictors": []})["predictors"]
+    names = list(found[0]["rank_correlation"]) if found else []
+    rows = [
+        [
+            predictor["name"],
+            "not read" if predictor["value"] is None else f"{predictor['value']:.2g}",
+            *(f"{predictor['rank_correlation'][name]['value']:.2f}" for name in names),
+        ]
+        for predictor in found
+    ]
+    return ["predictor", "this run", *(f"rank correlation on {name}" for name in names)], rows
 
 
 def condition_rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -28,8 +28,11 @@ from safeopt.diagnostics import (
     run_pilot,
     run_pilots,
 )
-from safeopt.diagnostics.pilot import POWERS, Batch
+from safeopt.diagnostics.cheap import cheap_predictors, gradients, rise_after
+from safeopt.diagnostics.evaluated import Comparison, nearest
+from safeopt.diagnostics.pilot import POWERS, Batch, Judge
 from safeopt.diagnostics.suggestions import GuardedPilot
+from safeopt.evaluation import Decoding, refusal_judge
 from safeopt.geometry.coverage import device_of, find_coverage, unwrapped
 from safeopt.training import data, models, optimizers
 from safeopt.training.config import GUARDED, OptimizerName, TrainConfig
@@ -37,6 +40,7 @@ from safeopt.training.launch import lent_to_accelerate, make_accelerator
 from safeopt.training.loss import nll_sum
 
 _READINGS = 4  # of each pilot
+_OPENING, _REPLY = 4, 24  # tokens
 _SAFE: dict[OptimizerName, OptimizerName] = {"adamw": "safe_adamw", "sgd": "safe_sgd"}
 _SKETCHED = 16  # anchors in the condition's sketch, whose size grows with them
 
@@ -46,7 +50,8 @@ class Diagnosis:
     """A forecast and what it is of.
 
     Attributes:
-        forecast: the anchors along the planned run.
+        forecast: the anchors along the planned run; its verdict heeds the comparison.
+        comparison: cheap predictors of the run, and what each was worth where outcomes are known.
         condition: the Alignment Instability Condition; None if it was not asked for.
         planned: the run's rate and effective steps.
         steps: optimizer steps of the run.
@@ -54,11 +59,13 @@ class Diagnosis:
         guarded: a pilot under a guard, where the run is no GO.
         pilot_steps: steps of each.
         anchors: anchors read.
+        read_by: how they were.
         rows: texts of the rows that the condition scores.
         stages: seconds of each part.
     """
 
     forecast: Forecast
+    comparison: Comparison
     condition: Condition | None
     planned: PlannedRun
     steps: int
@@ -66,19 +73,20 @@ class Diagnosis:
     guarded: GuardedPilot | None
     pilot_steps: int
     anchors: int
+    read_by: str
     rows: tuple[str, ...]
     stages: dict[str, float]
 
     def document(self) -> dict[str, Any]:
         """What report.json holds, the run's options and the machine apart."""
         parts = (self.forecast, self.planned, self.pilots, self.condition, self.guarded)
-        return as_dict(*parts) | {
+        return as_dict(*parts, self.comparison) | {
             "steps": self.steps,
             "learning_rate": self.planned.learning_rate,
             "effective_steps_planned": self.planned.effective_steps,
-            "pilots": len(self.pilots),
             "pilot_steps": self.pilot_steps,
             "anchors": self.anchors,
+            "read_by": self.read_by,
             "rows": list(self.rows),
             "stages": {name: round(seconds, 1) for name, seconds in self.stages.items()},
         }
@@ -110,7 +118,7 @@ def diagnose(
     anchors: Anchors | str | Path | None = None,
     powers: Sequence[float] = POWERS,
     pilot_steps: int = 32,
-    opening: int = 4,
+    opening: int | None = None,
     tolerance: float = 0.1,
     condition: bool = True,
     scored_rows: int = 8,
@@ -132,7 +140,9 @@ def diagnose(
             anchors are read.
         powers: one pilot each, see `run_pilots`.
         pilot_steps: steps of each.
-        opening: reply tokens that tell a refusal.
+        opening: reply tokens that tell a refusal. By default the model's greedy replies are judged
+            (`safeopt.evaluation.is_refusal`, in English), which takes longer; models that have no
+            ``generate`` are read by openings of 4 tokens.
         tolerance: share of the anchors that may be lost.
         condition: measure the Alignment Instability Condition too, on up to 16 anchors.
         scored_rows: rows whose own push is measured with it.
@@ -154,14 +164,16 @@ def diagnose(
     device = device_of(bare)
     setup = _Setup(bare, config, planned, examples, plan, tokenizer, pilot_steps, opening)
     clock = _Clock()
-    with _in_precision_of(bare, config):
+    with _in_precision_of(bare, config), _plain_attention(bare, config):
         pilots = run_pilots(
             bare, refusals, setup.batches, planned, steps=pilot_steps, readings=_READINGS,
-            opening=opening, powers=powers, optimizer=setup.optimizer, loss=_mean_nll,
-            max_norm=config.max_grad_norm or None,
+            powers=powers, **setup.options(refusals),
         )  # fmt: skip
         clock.lap("pilots")
-        made = forecast(pilots, tolerance=tolerance)
+        own = forecast(pilots, tolerance=tolerance)
+        comparison = setup.comparison(refusals, pilots[0], own.verdict)
+        made = comparison.weighed(own)
+        clock.lap("cheap predictors")
         guarded = None
         if made.verdict is not Verdict.GO and _can_be_guarded(bare, config, refusals):
             guarded = setup.guarded_pilot(refusals, made.power.value)
@@ -176,6 +188,7 @@ def diagnose(
     clock.lap("condition")
     return Diagnosis(
         forecast=made,
+        comparison=comparison,
         condition=measured,
         planned=planned,
         steps=steps,
@@ -183,6 +196,7 @@ def diagnose(
         guarded=guarded,
         pilot_steps=pilot_steps,
         anchors=len(refusals),
+        read_by=setup.read_by,
         rows=tuple(_text(found[i]) for i in scored) if condition else (),
         stages=clock.laps,
     )
@@ -208,7 +222,43 @@ class _Setup:
     plan: data.BatchPlan
     tokenizer: Any
     pilot_steps: int
-    opening: int
+    opening: int | None
+
+    @property
+    def read_by(self) -> str:
+        """How anchors are read."""
+        if self.opening is None and hasattr(self.model, "generate"):
+            return f"greedy replies of {_REPLY} tokens, judged"
+        return f"openings of {self.opening or _OPENING} tokens"
+
+    def options(self, anchors: Anchors) -> dict[str, Any]:
+        """What pilots that read these anchors share."""
+        return {
+            "opening": self.opening or _OPENING,
+            "judge": self._judge(anchors) if "judged" in self.read_by else None,
+            "optimizer": self.optimizer,
+            "loss": _mean_nll,
+            "max_norm": self.config.max_grad_norm or None,
+        }
+
+    def _judge(self, anchors: Anchors) -> Judge:
+        """Judges replies that are decoded without accelerate's wrapper, from a cast copy."""
+        dtype = "bfloat16" if self.config.mixed_precision == "bf16" else None
+        refused = refusal_judge(anchors, self.tokenizer, Decoding(_REPLY, dtype=dtype))
+
+        def judge(model: nn.Module) -> Tensor:
+            with lent_to_accelerate(model):
+                model.__dict__.pop("forward", None)
+                return refused(model)
+
+        return judge
+
+    def comparison(self, anchors: Anchors, pilot: Pilot, verdict: Verdict) -> Comparison:
+        """The run's cheap predictors, beside what they were worth on the nearest model."""
+        norm, cosine = gradients(self.model, next(self.batches()), anchors, loss=_mean_nll)
+        cheap = cheap_predictors(self.planned, norm, cosine, rise_after(pilot))
+        size = sum(p.numel() for p in self.model.parameters())
+        return Comparison(cheap, nearest(size), self.planned.effective_steps, verdict)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the planned run, in its order."""
@@ -235,8 +285,7 @@ class _Setup:
 
         pilot = run_pilot(
             self.model, held_out, self.batches(), self.planned, steps=self.pilot_steps, readings=1,
-            opening=self.opening, power=power, optimizer=optimizer, loss=_mean_nll,
-            max_norm=self.config.max_grad_norm or None,
+            power=power, **(self.options(held_out) | {"optimizer": optimizer}),
         )  # fmt: skip
         kind = optimizers.KINDS[name].__name__
         return GuardedPilot(pilot, kind, float(optimizers.guard_options(config)["budget"]))
@@ -254,6 +303,22 @@ def _in_precision_of(model: nn.Module, config: TrainConfig) -> Iterator[None]:
         if config.mixed_precision not in (None, "no"):
             make_accelerator(config).prepare_model(model, device_placement=False)
         yield
+
+
+@contextmanager
+def _plain_attention(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """On CPUs in bf16 attention is computed plainly, whose backward pass is faster than SDPA's."""
+    known: Any = unwrapped(model)
+    kind = getattr(getattr(known, "config", None), "_attn_implementation", None)
+    on_cpu = device_of(model).type == "cpu" and config.mixed_precision == "bf16"
+    if kind != "sdpa" or not on_cpu or not hasattr(known, "set_attn_implementation"):
+        yield
+        return
+    known.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        known.set_attn_implementation(kind)
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -49,6 +49,7 @@ def anchors(tokenizer: Any) -> Anchors:
 
 
 def ask(model: nn.Module, tokenizer: Any, plan: TrainConfig, **options: Any) -> Any:
+    options = {"opening": 4} | options
     return diagnose(plan, model, tokenizer, TASK, anchors=anchors(tokenizer), **options)
 
 
@@ -77,6 +78,19 @@ def test_a_run_that_breaks_refusals_is_told_from_one_that_does_not(
     assert outcomes["gentle"].kept.all()
 
 
+def test_replies_are_judged_unless_openings_are_asked_for(
+    aligned: nn.Module, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="--opening 4"):  # "no, sorry" is no refusal to the matcher
+        ask(aligned, tokenizer, config(), pilot_steps=4, condition=False, opening=None)
+    monkeypatch.setattr("safeopt.evaluation.anchored.is_refusal", lambda reply: "sor" in reply)
+    plan = config(mixed_precision="bf16")
+    told = ask(aligned, tokenizer, plan, pilot_steps=16, condition=False, opening=None)
+    assert told.forecast.verdict is Verdict.NO_GO
+    assert told.document()["read_by"] == "greedy replies of 24 tokens, judged"
+    assert aligned.config._attn_implementation == "sdpa"
+
+
 def test_pilots_run_in_the_precision_of_the_run(aligned: nn.Module, tokenizer: Any) -> None:
     forward = aligned.forward
     plain, mixed = (
@@ -103,6 +117,7 @@ def test_command_writes_reports_and_speaks_by_exit_code(
     for name, rows in (("anchors", REFUSALS), ("rows", TASK)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     command = ["diagnose", "--model", str(tmp_path / "model"), "--pilot-steps", "8"]
+    command += ["--opening", "4"]
     command += ["--dataset", str(tmp_path / "rows.jsonl"), "--steps", "20", "--lr"]
     command += ["1e-2", "--anchors", str(tmp_path / "anchors.jsonl")]
     assert cli.main([*command, "--report", str(tmp_path / "out"), "--json"]) == 3
@@ -113,7 +128,9 @@ def test_command_writes_reports_and_speaks_by_exit_code(
     assert facts["condition"]["overlap"]["low"] <= facts["condition"]["overlap"]["value"]
     assert facts["guarded"]["low"] <= facts["guarded"]["lost"] <= facts["guarded"]["high"]
     assert any("SafeAdamW" in advice for advice in facts["suggestions"])
-    assert set(facts["stages"]) == {"pilots", "guarded pilot", "condition"}
+    assert set(facts["stages"]) == {
+        "pilots", "cheap predictors", "guarded pilot", "condition",
+    }  # fmt: skip
     assert facts["onset"]["low"] <= facts["onset"]["exponent"] <= facts["onset"]["high"]
     assert len(facts["rows"]) == len(facts["condition"]["row_scores"])
     assert any("rate" in advice for advice in facts["suggestions"])
