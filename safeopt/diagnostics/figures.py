@@ -46,7 +46,7 @@ def _svg(draw: Callable[[Figure], None], alt: str, size: tuple[float, float]) ->
 
 
 def _single(draw: Callable[[Axes], None], alt: str) -> str:
-    return _svg(lambda figure: draw(figure.add_subplot()), alt, (5.2, 3.2))
+    return _svg(lambda figure: draw(figure.add_subplot()), alt, (4.4, 3.0))
 
 
 def forecast_figure(document: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def forecast_figure(document: Mapping[str, Any]) -> str:
             steps = curve["effective_steps"][-1]
             within = min(document["condition"]["law_window"] / steps, 1) * x[-1]
             axes.axvspan(0, within, color=_GREY, alpha=0.25, linewidth=0, label="window of the law")
-        axes.legend(loc="best", fontsize=8)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8)
 
     alt = (
         f"Forecast: {lost[-1]:.0f} % of the anchors lost at the end, {low[-1]:.0f} to "
@@ -147,16 +147,16 @@ def heat_figure(document: Mapping[str, Any]) -> str:
         return grid
 
     def draw(figure: Figure) -> None:
-        shared = figure.subplots(1, 2, sharey=True)
+        shared = figure.subplots(2, 1, sharex=True)
         for axes, key, title in zip(
             shared, ("mass", "overlap"), ("Fisher mass (%)", "velocity (%)"), strict=True
         ):
             image = axes.imshow(table(key), aspect="auto", cmap="cividis", vmin=0)
             axes.set_title(title, fontsize=10)
-            axes.set_xlabel("layer")
             axes.set_xticks(range(0, len(layers), max(1, len(layers) // 6)))
             axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
             figure.colorbar(image, ax=axes)
+        shared[-1].set_xlabel("layer")
 
     mass = table("mass")
     row, column = np.unravel_index(int(mass.argmax()), mass.shape)
@@ -164,4 +164,4 @@ def heat_figure(document: Mapping[str, Any]) -> str:
         f"Heat map: {kinds[int(row)]} of layer {layers[int(column)]} holds most of the Fisher's "
         f"mass, {mass.max():.0f} %."
     )
-    return _svg(draw, alt, (7.2, 1.2 + 0.28 * len(kinds)))
+    return _svg(draw, alt, (4.4, 1.2 + 0.4 * len(kinds)))

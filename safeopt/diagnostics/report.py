@@ -204,7 +204,9 @@ def _cheap_lines(document: Mapping[str, Any]) -> list[str]:
     head, rows = cheap_rows(document)
     if not rows:
         return []
-    lines = ["", document["cheap"]["words"], "", "| " + " | ".join(head) + " |"]
+    lines = ["", document["cheap"]["words"]]
+    lines += ["Below, rank correlations with the share of refusals lost, by model evaluated.", ""]
+    lines += ["| " + " | ".join(head) + " |"]
     lines.append("| --- |" + " ---: |" * (len(head) - 1))
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -216,12 +218,18 @@ def cheap_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     rows = [
         [
             predictor["name"],
-            "not read" if predictor["value"] is None else f"{predictor['value']:.2g}",
+            _value(predictor["key"], predictor["value"]),
             *(f"{predictor['rank_correlation'][name]['value']:.2f}" for name in names),
         ]
         for predictor in found
     ]
-    return ["predictor", "this run", *(f"rank correlation on {name}" for name in names)], rows
+    return ["predictor", "this run", *names], rows
+
+
+def _value(key: str, value: float | None) -> str:
+    if value is None:
+        return "not read"
+    return f"{100 * value:.0f} %" if key == FORECAST else f"{value:.2g}"
 
 
 def condition_rows(document: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -103,7 +103,7 @@ def test_report_shows_every_predictor_and_the_verdict_of_both() -> None:
     text = as_markdown(document)
     for name in NAMES.values():
         assert f"| {name} | " in text
-    assert "rank correlation on SmolLM2-135M" in text
+    assert "| predictor | this run | the synthetic world | SmolLM2-135M |" in text
 
 
 class Linear(nn.Module):

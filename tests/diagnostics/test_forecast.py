@@ -52,11 +52,11 @@ def falling(power: float, margins: Tensor, sensitivity: float = 8.0) -> Pilot:
 
 
 def test_power_is_that_by_which_rate_and_steps_exchange() -> None:
-    margins = 4 + 6 * torch.rand(200)
+    margins = 4 + 6 * torch.rand(200, generator=torch.Generator().manual_seed(0))
     pilots = [falling(power, margins) for power in (0.0, 0.5, 1.0)]
     found = measure_power(pilots)
-    assert found.value == pytest.approx(0.75, abs=0.05)
-    assert 0.3 < found.low <= found.value <= found.high <= 1
+    assert found.value == pytest.approx(0.75, abs=0.06)
+    assert 0.4 < found.low <= found.value <= found.high <= 1
     # A run at the planned rate goes as far as 16 steps do: a fall by 8.
     made = forecast(pilots)
     assert float(made.lost[-1]) == pytest.approx(float((margins < 8).float().mean()), abs=0.1)
