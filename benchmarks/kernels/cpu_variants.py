@@ -298,6 +298,10 @@ def main(argv: Sequence[str]) -> int:
     with torch.no_grad():
         ways = [name for name in VARIANTS if name not in args.without]
         problem = Problem.random(args.layers, args.width, 8, 8)
+        obstacle = kernels.obstacle(problem.p)
+        if NATIVE in ways and obstacle is not None:
+            print(f"left out: {NATIVE} ({obstacle})")
+            ways.remove(NATIVE)
         found = measure(problem, args.repeats, ways)
         if NATIVE in ways:
             found["parts_over_fused"] = measure_parts(problem, 4 * args.repeats)

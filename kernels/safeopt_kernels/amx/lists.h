@@ -67,7 +67,7 @@ void run(const std::vector<Group> &groups, int threads, Shared &shared) {
         int64_t number = i, following = then;
         const Group::Part *part = group.find(number, &Group::Part::strips);
         const Group::Part *later = group.find(following, &Group::Part::strips);
-        if (later != nullptr) Pass::ask_for_left(*later->matrix, following);
+        if (later != nullptr) Pass::ask_for(*later->matrix, following);
         pass.strip(*part, number, i);
         i = then;
       }

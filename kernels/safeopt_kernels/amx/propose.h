@@ -49,6 +49,7 @@ class Propose {
       for (int i = 0; i < kSide; i++) {
         const int64_t k = t * kSide + i, left = k < x.rank ? x.cols - d * 32 : 0;
         const float *row = x.right + k * x.cols + d * 32;
+        ask(row + kNext), ask(row + kNext + kSide);
         const Pair pair = split(_mm512_maskz_loadu_ps(mask(left), row),
                                 _mm512_maskz_loadu_ps(mask(left - kSide), row + kSide));
         hi[i] = pair.hi, lo[i] = pair.lo;
@@ -59,7 +60,7 @@ class Propose {
     }
   }
 
-  static void ask_for_left(const Matrix &x, int64_t strip) {
+  static void ask_for(const Matrix &x, int64_t strip) {
     if (is_flat(x)) return;
     for (int64_t k = 0; k < x.rank; k++) ask(x.left + k * x.rows + strip * kSide);
   }

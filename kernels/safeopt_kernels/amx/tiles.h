@@ -38,6 +38,7 @@ constexpr int64_t kApart = kTile + 32;    // between tiles that would else share
 constexpr int64_t kFlat = 4096;           // numbers of a block of what has no matrix products
 constexpr int64_t kGroup = 1 << 19;       // packed numbers of the matrices that are done together
 constexpr int64_t kAhead = 256;            // numbers that memory is asked for beforehand
+constexpr int64_t kNext = 128;            // the same, of a factor that is packed
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
