@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 _INK = "#010203"  # stands for the page's text colour
 _BLUE, _ORANGE, _GREY = "#2f7fd1", "#d9731a", "#8a8f98"  # readable on white and on near-black
@@ -90,6 +90,7 @@ def spectrum_figure(document: Mapping[str, Any]) -> str:
             values = values[values > 1e-8 * values.max()]
             axes.plot(1 + np.arange(len(values)), values, "o-", ms=3, color=color, label=name)
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("eigenvalue")
         axes.set_ylabel("λ (nats² a unit²)")
         axes.legend(fontsize=8)
