@@ -13,7 +13,7 @@ from safeopt_kernels.settings import AdamW, Rounding, Seed
 from safeopt_kernels.specialisations import roundings_of
 from safeopt_kernels.table import Piece
 from tests.kernels.interpreted.pieces import ULP, random_piece
-from tests.kernels.interpreted.test_lowrank import KINDS, RAGGED, bound_of, error
+from tests.kernels.interpreted.test_lowrank import KINDS, RAGGED, bound_of, error, sizes_of_terms
 
 ADAMW = AdamW(lr=1e-2, weight_decay=0.1, step=2)
 
@@ -28,11 +28,12 @@ def check(piece: Piece, basis: Tensor, rounding: Rounding, seed: Seed) -> None:
     p, owed = piece.p.double(), piece.compensation.double()
     m, v = piece.m.double(), piece.v.double()
     exact = reference.propose_(piece.p, piece.g, m, v, ADAMW)
+    of_m, of_v, _ = sizes_of_terms(piece, ADAMW)
     # The kernel projects the step in the dtype of the weights, which the interpreter cuts off.
     squared_norm, along = onesided.step(piece, basis, ADAMW, rounding, seed)
     ulp, single = ULP[piece.p.dtype], ULP[torch.float32]
-    assert error(piece.m, m) < bound_of(piece.m.dtype)
-    assert error(piece.v, v) < bound_of(piece.v.dtype)
+    assert error(piece.m, m, of_m) < bound_of(piece.m.dtype)
+    assert error(piece.v, v, of_v) < bound_of(piece.v.dtype)
     stored, truth = piece.p.double(), p + reference.project_rows(exact, basis)
     slack = 4 * ulp * float(exact.abs().max()) if exact.numel() else 0.0
     if rounding == "kahan":
