@@ -164,20 +164,7 @@ def diagnose(
     device = device_of(bare)
     setup = _Setup(bare, config, planned, examples, plan, tokenizer, pilot_steps, opening)
     clock = _Clock()
-    with _in_precision_of(bare, config), _plain_attention(bare, config):
-        pilots = run_pilots(
-            bare, refusals, setup.batches, planned, steps=pilot_steps, readings=_READINGS,
-            powers=powers, **setup.options(refusals),
-        )  # fmt: skip
-        clock.lap("pilots")
-        own = forecast(pilots, tolerance=tolerance)
-        comparison = setup.comparison(refusals, pilots[0], own.verdict)
-        made = comparison.weighed(own)
-        clock.lap("cheap predictors")
-        guarded = None
-        if made.verdict is not Verdict.GO and _can_be_guarded(bare, config, refusals):
-            guarded = setup.guarded_pilot(refusals, made.power.value)
-        clock.lap("guarded pilot")
+    pilots, comparison, made, guarded = _piloted(setup, refusals, powers, tolerance, clock)
     measured, scored = None, _spread(len(examples), scored_rows)
     if condition:
         measured = measure_condition(
@@ -289,6 +276,27 @@ class _Setup:
         )  # fmt: skip
         kind = optimizers.KINDS[name].__name__
         return GuardedPilot(pilot, kind, float(optimizers.guard_options(config)["budget"]))
+
+
+def _piloted(
+    setup: _Setup, anchors: Anchors, powers: Sequence[float], tolerance: float, clock: _Clock
+) -> tuple[tuple[Pilot, ...], Comparison, Forecast, GuardedPilot | None]:
+    """The pilots, the cheap predictors, the forecast of both, and under a guard if it is no GO."""
+    model, config = setup.model, setup.config
+    with _in_precision_of(model, config), _plain_attention(model, config):
+        pilots = run_pilots(
+            model, anchors, setup.batches, setup.planned, steps=setup.pilot_steps,
+            readings=_READINGS, powers=powers, **setup.options(anchors),
+        )  # fmt: skip
+        clock.lap("pilots")
+        own = forecast(pilots, tolerance=tolerance)
+        comparison = setup.comparison(anchors, pilots[0], own.verdict)
+        made, guarded = comparison.weighed(own), None
+        clock.lap("cheap predictors")
+        if made.verdict is not Verdict.GO and _can_be_guarded(model, config, anchors):
+            guarded = setup.guarded_pilot(anchors, made.power.value)
+        clock.lap("guarded pilot")
+    return pilots, comparison, made, guarded
 
 
 def _can_be_guarded(model: nn.Module, config: TrainConfig, anchors: Anchors) -> bool:
