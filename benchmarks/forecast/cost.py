@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.collapse.chat import ADAPTER, data_file
+from benchmarks.forecast.smols import BATCH
 from safeopt.demo import data
 from safeopt.demo.alignment import refused
 from safeopt.demo.worker import load_aligned
@@ -31,7 +32,7 @@ ANCHORS = 64
 OPTIONS = {
     "steps": "100",
     "warmup_steps": "5",
-    "per_device_train_batch_size": "4",
+    "per_device_train_batch_size": str(BATCH),
     "max_length": "256",
     "mixed_precision": "bf16",
 }

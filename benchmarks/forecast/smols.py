@@ -26,13 +26,13 @@ from safeopt.evaluation import Decoding, refusal_judge
 from safeopt.evaluation.generation import greedy_replies
 from safeopt.evaluation.refusal import is_refusal
 from safeopt.training.data import BatchPlan, collate, read_rows, tokenize
+from safeopt.training.diagnose import PILOT_STEPS, READINGS
 
 RESULTS = Path(__file__).parent / "results" / "smol.jsonl"
 PARAMETERS = 134_515_008
 SEED = 0
 ANCHORS = 40
 BATCH = 2
-PILOT_STEPS = 10
 LENGTHS = (16, 32, 64)
 PLANNED = (
     ("gsm8k", "full", 2e-4),
@@ -79,7 +79,7 @@ class Smols:
             aligned_rate=_aligned_rate,
             opening=4,
             pilot_steps=PILOT_STEPS,
-            readings=2,
+            readings=READINGS,
             judge=refusal_judge(anchors, _tokenizer(), Decoding(_REPLY_TOKENS, dtype="bfloat16")),
         )
 

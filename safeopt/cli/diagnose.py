@@ -25,8 +25,7 @@ def add_diagnose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pilot-steps",
         type=int,
-        default=32,
-        help="steps of each of the three pilots (default: 32)",
+        help="steps of each of the three pilots; more see further, and take longer (default: 10)",
     )
     parser.add_argument(
         "--forecast-only", action="store_true", help="leave the instability condition out"
@@ -50,14 +49,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from safeopt.diagnostics import as_markdown
     from safeopt.environment import environment
     from safeopt.training.config import parse_args
-    from safeopt.training.diagnose import diagnose
+    from safeopt.training.diagnose import PILOT_STEPS, diagnose
 
     config = parse_args([*_options(arguments), "--output_dir", "."], "safeopt diagnose")
     start = time.perf_counter()
     found = diagnose(
         config,
         anchors=arguments.anchors,
-        pilot_steps=arguments.pilot_steps,
+        pilot_steps=arguments.pilot_steps or PILOT_STEPS,
         opening=arguments.opening,
         tolerance=arguments.tolerance,
         condition=not arguments.forecast_only,

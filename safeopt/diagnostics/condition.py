@@ -28,6 +28,8 @@ from safeopt.isolation import undisturbed
 from safeopt.losses import reply_nll
 
 _FLOOR = 1e-4
+# Batches differ by more than this error, and language models meet it at this step of the weights.
+_HESSIAN_ERROR, _HESSIAN_STEP = 0.1, 1e-5
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def measure_condition(
     batches: Iterator[Batch],
     rate: float,
     *,
-    probes: int = 4,
+    probes: int = 3,
     stride: float = 8.0,
     rows: Sequence[Batch] = (),
     optimizer: MakeOptimizer = adamw,
@@ -117,7 +119,7 @@ def measure_condition(
     """Measure the condition of a run; the model is left as it was.
 
     The cost is two sketches (a forward-backward of N anchors each) and, for each probe, one
-    Hessian product, four task gradients and four forward passes of the anchors.
+    Hessian product, three task gradients and four forward passes of the anchors.
 
     Args:
         model: the aligned model, with what will train unfrozen, in fp32.
@@ -144,11 +146,18 @@ def measure_condition(
     parameters = trainable_parameters(bare)
     drawn = [next(batches) for _ in range(probes)]
     losses = _losses(bare, subject)
-    product = FiniteDifference(bare, check="first")  # settles its step on the first probe
-    seen = [_probe(bare, sketch, batch, rate, optimizer, loss, product) for batch in drawn]
+    product = FiniteDifference(  # settles its step on the first probe
+        bare, check="first", tolerance=_HESSIAN_ERROR, step=_HESSIAN_STEP
+    )
+    before, seen, laws = losses(), [], []
+    for batch in drawn:
+        with training(bare):
+            gradient = _gradient(bare, batch, loss)
+        seen.append(_probe(bare, sketch, batch, gradient, rate, optimizer, loss, product))
+        with training(bare):
+            path = _path(bare, batch, stride * rate, optimizer, loss, gradient)
+            laws += look_ahead(parameters, losses, [path], stride=stride, before=before)
     with training(bare):
-        paths = [_path(bare, batch, stride * rate, optimizer, loss) for batch in drawn]
-        laws = look_ahead(parameters, losses, paths, stride=stride)
         scores = _row_scores(bare, rows, losses, stride * rate, optimizer, loss)
     eigenbasis = Eigenbasis.of(sketch.gram(), None, _FLOOR)
     size = sum(p.numel() for p in parameters.values())
@@ -191,13 +200,32 @@ def _losses(model: nn.Module, batch: AnchorBatch) -> Callable[[], Tensor]:
     return losses
 
 
+def _gradient(model: nn.Module, batch: Batch, loss: TaskLoss) -> dict[str, Tensor | None]:
+    """The task's gradient on a batch, taken out of ``p.grad``."""
+    loss(model, batch).backward()
+    parameters = trainable_parameters(model)
+    found = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    return found
+
+
 def _path(
-    model: nn.Module, batch: Batch, rate: float, make: MakeOptimizer, loss: TaskLoss
+    model: nn.Module,
+    batch: Batch,
+    rate: float,
+    make: MakeOptimizer,
+    loss: TaskLoss,
+    first: Mapping[str, Tensor | None] | None = None,
 ) -> Callable[[], None]:
+    """Makes one step after the other on a batch, whose ``first`` gradient may be known."""
     stepper = make([p for p in model.parameters() if p.requires_grad], rate)
+    known = [] if first is None else [first]
 
     def step() -> None:
-        loss(model, batch).backward()
+        gradient = known.pop() if known else _gradient(model, batch, loss)
+        for name, p in trainable_parameters(model).items():
+            p.grad = gradient[name]
         stepper.step()
         stepper.zero_grad()
 
@@ -208,6 +236,7 @@ def _probe(
     model: nn.Module,
     sketch: GradientSketch,
     batch: Batch,
+    gradient: Mapping[str, Tensor | None],
     rate: float,
     make: MakeOptimizer,
     loss: TaskLoss,
@@ -216,16 +245,14 @@ def _probe(
     """The first step on a batch, what it does to first order, and the Hessian's part."""
     parameters = trainable_parameters(model)
     with training(model), restored(parameters) as origin:
-        stepper = make([p for p in model.parameters() if p.requires_grad], rate)
-        loss(model, batch).backward()
-        gradient = norm(p.grad for p in parameters.values() if p.grad is not None)
-        stepper.step()
+        _path(model, batch, rate, make, loss, gradient)()
         step = {name: p.detach() - origin[name] for name, p in parameters.items()}
+    length = norm(g for g in gradient.values() if g is not None)
     return _Probe(
         step=step,
         length=norm(step.values()),
         slopes=sketch.coefficients(step),
-        coupling=coupling_along(model, sketch, step, gradient, lambda m: loss(m, batch), product),
+        coupling=coupling_along(model, sketch, step, length, lambda m: loss(m, batch), product),
     )
 
 

@@ -107,7 +107,12 @@ class Estimate:
 
 
 def look_ahead(
-    parameters: Vector, losses: Callable[[], Tensor], paths: Sequence[Step], *, stride: float = 1.0
+    parameters: Vector,
+    losses: Callable[[], Tensor],
+    paths: Sequence[Step],
+    *,
+    stride: float = 1.0,
+    before: Tensor | None = None,
 ) -> list[Law]:
     """One law a path.
 
@@ -117,9 +122,10 @@ def look_ahead(
         paths: each makes one optimizer step of its path when called, on a batch of its own.
         stride: h, planned steps that one of theirs stands for: steps at h times the planned rate
             stand out of rounding where single ones do not.
+        before: the losses before any step, where they are known.
     """
-    before = losses().double()
-    return [_law(parameters, losses, step, before, stride) for step in paths]
+    start = (losses() if before is None else before).double()
+    return [_law(parameters, losses, step, start, stride) for step in paths]
 
 
 def _law(

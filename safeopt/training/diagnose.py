@@ -39,7 +39,9 @@ from safeopt.training.config import GUARDED, OptimizerName, TrainConfig
 from safeopt.training.launch import lent_to_accelerate, make_accelerator
 from safeopt.training.loss import nll_sum
 
-_READINGS = 4  # of each pilot
+PILOT_STEPS, READINGS = 10, 2
+"""Of each pilot: those of the forecasts that were compared with outcomes on SmolLM2-135M."""
+
 _OPENING, _REPLY = 4, 24  # tokens
 _SAFE: dict[OptimizerName, OptimizerName] = {"adamw": "safe_adamw", "sgd": "safe_sgd"}
 _SKETCHED = 16  # anchors in the condition's sketch, whose size grows with them
@@ -117,7 +119,7 @@ def diagnose(
     *,
     anchors: Anchors | str | Path | None = None,
     powers: Sequence[float] = POWERS,
-    pilot_steps: int = 32,
+    pilot_steps: int = PILOT_STEPS,
     opening: int | None = None,
     tolerance: float = 0.1,
     condition: bool = True,
@@ -166,9 +168,10 @@ def diagnose(
     clock = _Clock()
     pilots, comparison, made, guarded = _piloted(setup, refusals, powers, tolerance, clock)
     measured, scored = None, _spread(len(examples), scored_rows)
+    subject = refusals.first(_SKETCHED)
     if condition:
         measured = measure_condition(
-            bare, refusals.first(_SKETCHED), _as_anchors(examples[: len(refusals)][:_SKETCHED]),
+            bare, subject, _as_anchors(_like(examples, subject)),
             setup.batches(), planned.learning_rate, optimizer=setup.optimizer, loss=_mean_nll,
             rows=[_one_row(examples[i], device) for i in scored],
         )  # fmt: skip
@@ -286,7 +289,7 @@ def _piloted(
     with _in_precision_of(model, config), _plain_attention(model, config):
         pilots = run_pilots(
             model, anchors, setup.batches, setup.planned, steps=setup.pilot_steps,
-            readings=_READINGS, powers=powers, **setup.options(anchors),
+            readings=READINGS, powers=powers, **setup.options(anchors),
         )  # fmt: skip
         clock.lap("pilots")
         own = forecast(pilots, tolerance=tolerance)
@@ -333,6 +336,14 @@ def _spread(total: int, count: int) -> list[int]:
     """``count`` indices over a whole data set, or all of fewer."""
     count = min(count, total)
     return [i * total // count for i in range(count)]
+
+
+def _like(examples: Sequence[data.Example], anchors: Anchors) -> list[data.Example]:
+    """As many rows, of those as long as the anchors: a Fisher depends on the length."""
+    lengths = [int(row.sum()) for row in anchors.batch().attention_mask]
+    middle = sum(lengths) / len(lengths)
+    nearest_first = sorted(examples, key=lambda row: abs(len(row.input_ids) - middle))
+    return nearest_first[: len(anchors)]
 
 
 def _as_anchors(examples: Sequence[data.Example]) -> Anchors:

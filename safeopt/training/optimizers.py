@@ -144,6 +144,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         groups = parameter_groups(model, config.weight_decay)
         if kind in (torch.optim.AdamW, SafeAdamW):
             options |= {"betas": betas, "eps": eps}
+    if kind is torch.optim.AdamW and "foreach" not in options:
+        options = {"fused": True} | options  # torch itself loops over the parameters on CPUs
     try:
         optimizer: Optimizer = kind(groups, **options)
     except (TypeError, RuntimeError) as error:  # torch's checks of types and combinations
