@@ -1,8 +1,9 @@
 """Time ``safeopt diagnose`` of SmolLM2-135M: ``python -m benchmarks.forecast.cost``.
 
 The command is what a user types, in a process of its own: a model folder, anchors and rows as
-JSONL, a run of 100 steps under bf16 autocast with all weights or a LoRA adapter, replies judged,
-the whole condition and the report.
+JSONL, a run of 100 steps under bf16 autocast with all weights or a LoRA adapter, as many anchors
+and rows a step as in the runs that forecasts were compared with, replies judged, the whole
+condition and the report.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.collapse.chat import ADAPTER, data_file
-from benchmarks.forecast.smols import BATCH
+from benchmarks.forecast.smols import ANCHORS, BATCH
 from safeopt.demo import data
 from safeopt.demo.alignment import refused
 from safeopt.demo.worker import load_aligned
@@ -28,7 +29,6 @@ from safeopt.files import write_json, write_jsonl
 from safeopt.training.data import read_rows
 
 RESULT = Path(__file__).parent / "results" / "cost.json"
-ANCHORS = 64
 OPTIONS = {
     "steps": "100",
     "warmup_steps": "5",
