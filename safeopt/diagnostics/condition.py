@@ -158,7 +158,7 @@ def measure_condition(
             path = _path(bare, batch, stride * rate, optimizer, loss, gradient)
             laws += look_ahead(parameters, losses, [path], stride=stride, before=before)
     with training(bare):
-        scores = _row_scores(bare, rows, losses, stride * rate, optimizer, loss)
+        scores = _row_scores(bare, rows, losses, before, stride * rate, optimizer, loss)
     eigenbasis = Eigenbasis.of(sketch.gram(), None, _FLOOR)
     size = sum(p.numel() for p in parameters.values())
     return Condition(
@@ -288,19 +288,19 @@ def _row_scores(
     model: nn.Module,
     rows: Sequence[Batch],
     losses: Callable[[], Tensor],
+    before: Tensor,
     rate: float,
     make: MakeOptimizer,
     loss: TaskLoss,
 ) -> tuple[float, ...]:
     parameters = trainable_parameters(model)
-    before = losses().mean()
     scores = []
     for row in rows:
         step = _path(model, row, rate, make, loss)
         with restored(parameters):
             step()
             step()
-            scores.append(float(losses().mean() - before))
+            scores.append(float((losses() - before).mean()))
     return tuple(scores)
 
 

@@ -123,7 +123,7 @@ def diagnose(
     opening: int | None = None,
     tolerance: float = 0.1,
     condition: bool = True,
-    scored_rows: int = 8,
+    scored_rows: int = 4,
 ) -> Diagnosis:
     """Forecast what fine-tuning as ``config`` says does to the anchors.
 
