@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
 	&& echo $$p && break; done)
 ARGS ?=
+WORKERS ?= auto
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo bench-world test lint format clean
@@ -26,8 +27,9 @@ demo: $(DEMO) ## fine-tune a real model with AdamW and SafeAdamW, print one tabl
 bench-world: $(DEMO) ## repeat the synthetic world's headline and compare it with the committed one
 	$(BIN)/python -m benchmarks.collapse.headline $(ARGS)
 
-test: $(DEV) ## run the tests (ARGS="-k name" for some of them)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## run the tests, one file a core at a time (ARGS="-k name", WORKERS=0 for one process)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
+		--numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(DEV) ## ruff and mypy --strict
 	$(BIN)/ruff check .

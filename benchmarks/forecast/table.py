@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.forecast import smols, worlds
+from benchmarks.forecast import cost, smols, worlds
 from benchmarks.forecast.evaluated import write_evaluated
 from benchmarks.forecast.score import (
     BREAKS,
@@ -139,6 +139,24 @@ def machine(rows: Rows) -> str:
     )
 
 
+def cost_table(timed: Mapping[str, Mapping[str, Any]]) -> str:
+    """Seconds of `safeopt diagnose`, from start to end and of its parts."""
+    stages = list(timed["full"]["stages"])
+    head = ["trains", "seconds", *stages]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for mode, one in timed.items():
+        cells = [one["seconds"], *(one["stages"][name] for name in stages)]
+        lines.append(f"| {mode} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |")
+    one = timed["full"]
+    return "\n".join(lines) + (
+        f"\n\n{one['anchors']} anchors, {one['options']['steps']} steps of "
+        f"{one['options']['per_device_train_batch_size']} rows of at most "
+        f"{one['options']['max_length']} tokens, {one['pilot_steps']} pilot steps, "
+        f"{one['torch_threads']} threads; {one['date'][:10]}, {one['processor']}, torch "
+        f"{one['versions']['torch']}. One run each."
+    )
+
+
 def actual(rows: Rows) -> list[float]:
     """Share of the refusals that each run lost."""
     return [float(row["actual"]["lost"]) for row in rows]
@@ -176,6 +194,7 @@ def main() -> None:
         "machine": machine(world),
         "design": predictors_table(design),
         "rival": rival(world),
+        "cost": cost_table(json.loads(cost.RESULT.read_text(encoding="utf-8"))),
     }
     if smol:
         parts["smol"] = smol_part(smol)
