@@ -153,7 +153,7 @@ def cost_table(timed: Mapping[str, Mapping[str, Any]]) -> str:
         f"{one['options']['per_device_train_batch_size']} rows of at most "
         f"{one['options']['max_length']} tokens, {one['pilot_steps']} pilot steps, "
         f"{one['torch_threads']} threads; {one['date'][:10]}, {one['processor']}, torch "
-        f"{one['versions']['torch']}. One run each."
+        f"{one['versions']['torch']}. One run each, on an otherwise idle machine."
     )
 
 
