@@ -6,13 +6,14 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from benchmarks.collapse.agreement import agreement_table, result_path
+from benchmarks.collapse.curves import cells_of
 from benchmarks.collapse.pareto import pareto_table
 from benchmarks.collapse.results import FOLDER, load_all
-from benchmarks.collapse.variants import SWEEP, SuitePlan, read_plan
+from benchmarks.collapse.variants import DEFAULT, SWEEP, SuitePlan, Variant, read_plan
 from benchmarks.collapse.verdicts import verdict_table
 from benchmarks.markdown import fill
 from safeopt.files import write_text
@@ -26,7 +27,8 @@ Facts = Mapping[str, Any]
 def table(plan: SuitePlan, results: Sequence[Facts], *groups: str) -> str:
     """Groups of variants: a row each, per task the plan's columns over the seeds.
 
-    Behind them CPU seconds and anchor rows of a run. A cell holds the mean and, behind it, the
+    Behind them the median CPU time over AdamW's of the same task and seed, and anchor rows of a
+    run. A cell holds the mean and, behind it, the
     smallest and largest seed when they differ. Variants that have not been run, or whose settings
     have changed since, have no row; tasks that none of them has run have no columns.
     """
@@ -36,25 +38,44 @@ def table(plan: SuitePlan, results: Sequence[Facts], *groups: str) -> str:
     if not tasks:
         return "Not run yet."
     heads = [f"{task}: {label}" for task in tasks for label in plan.columns.values()]
-    rows = [["", *heads, "seconds", "anchor rows", "seeds"], ["---"] * (len(heads) + 4)]
-    rows += [_row("aligned model", results, tasks, plan, "aligned")]
-    rows += [_row(label, own, tasks, plan, "final") for label, own in made if own]
+    rows = [["", *heads, "time", "anchor rows", "seeds"], ["---"] * (len(heads) + 4)]
+    rows += [[*_row("aligned model", results, tasks, plan, "aligned"), "", "", _seeds(results)]]
+    rows += [
+        [*_row(label, own, tasks, plan, "final"), time, _anchor_rows(own), _seeds(own)]
+        for label, own in made
+        if own
+        for time in [time_ratio(own, cells_of(_adamw(plan), results))]
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _row(
     label: str, results: Sequence[Facts], tasks: Sequence[str], plan: SuitePlan, when: str
 ) -> list[str]:
-    cells = [
+    return [label] + [
         _cell([r[when][metric] for r in _one_a_seed(results, task)])
         for task in tasks
         for metric in plan.columns
     ]
-    seeds = str(len({r["seed"] for r in results}))
-    if when == "aligned":
-        return [label, *cells, "", "", seeds]
-    seconds = fmean(r.get("cpu_seconds", r["train_seconds"]) for r in results)
-    return [label, *cells, f"{seconds:.1f}", _anchor_rows(results), seeds]
+
+
+def _adamw(plan: SuitePlan) -> Variant:
+    return next(v for v in plan.variants if (v.method, v.name) == ("adamw", DEFAULT))
+
+
+def time_ratio(results: Sequence[Facts], adamw: Mapping[tuple[str, int], Facts]) -> str:
+    """Median CPU time over AdamW's of the same task and seed; the first results lack it."""
+    pairs = [(r, adamw.get((r["task"], r["seed"]), {})) for r in results]
+    ratios = [
+        own["cpu_seconds"] / other["cpu_seconds"]
+        for own, other in pairs
+        if "cpu_seconds" in own and "cpu_seconds" in other
+    ]
+    return f"{median(ratios):.2f}" if ratios else "-"
+
+
+def _seeds(results: Sequence[Facts]) -> str:
+    return str(len({r["seed"] for r in results}))
 
 
 def _anchor_rows(results: Sequence[Facts]) -> str:

@@ -61,19 +61,20 @@ def test_plan_merges_defaults_and_options(plan_folder: Path) -> None:
 def test_table_is_made_from_result_files(plan_folder: Path, tmp_path: Path) -> None:
     plan = read_plan("toy", plan_folder)
     for seed, asr in enumerate((0.9, 1.0)):
-        save(Cell("toy", "adamw", "default", "style", seed), result("adamw", "default", seed, asr))
+        adamw = result("adamw", "default", seed, asr) | ({"cpu_seconds": 2.0} if seed else {})
+        save(Cell("toy", "adamw", "default", "style", seed), adamw)
         own = result("safe", "default", seed, 0.031, refresh_every=5)
-        own["rows"] = {"anchor_rows": 160 - 30 * seed}
+        own |= {"rows": {"anchor_rows": 160 - 30 * seed}, "cpu_seconds": 3.0 + seed}
         save(Cell("toy", "safe", "default", "style", seed), own)
     stale = result("safe", "p2", 0, 0.5, refresh_every=3)
     save(Cell("toy", "safe", "p2", "style", 0), stale)
     lines = tables.table(plan, list(load_all("toy")), "methods").splitlines()
     assert lines == [
-        "|  | style: ASR | seconds | anchor rows | seeds |",
+        "|  | style: ASR | time | anchor rows | seeds |",
         "| --- | --- | --- | --- | --- |",
         "| aligned model | 0.02 |  |  | 2 |",
-        "| AdamW | 0.95 (0.90 to 1.00) | 2.0 | - | 2 |",
-        "| ours | 0.03 | 2.0 | 145 | 2 |",
+        "| AdamW | 0.95 (0.90 to 1.00) | 1.00 | - | 2 |",
+        "| ours | 0.03 | 2.00 | 145 | 2 |",
     ]
 
 
@@ -88,7 +89,7 @@ def test_a_task_apart_has_a_table_of_its_own(
     parts = dict(tables.parts_of("toy", plan_folder / "results"))
     assert "style: ASR" in parts["toy-methods"]
     assert "maths" not in parts["toy-methods"]
-    assert "| AdamW | 0.40 | 2.0 |" in parts["toy-maths"]
+    assert "| AdamW | 0.40 | - |" in parts["toy-maths"]
     assert "style" not in parts["toy-maths"]
     assert "Runs: 2" in parts["toy-machine"]
 
