@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +24,11 @@ def as_html(document: Mapping[str, Any]) -> str:
         "curve", "condition", "onset", "rows", "suggestions", "verdict", "reason", "cheap", "power",
         "pilots", "guarded",
     )  # fmt: skip
-    facts = {key: _plain(value) for key, value in document.items() if key not in shown}
+    facts = {
+        key.replace("_", " "): _plain(value)
+        for key, value in document.items()
+        if key not in shown and value is not None
+    }
     return environment.get_template("report.html.j2").render(
         document=document,
         pictures=_pictures(document),
@@ -37,7 +40,15 @@ def as_html(document: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """A fact in words; what is None or empty in a mapping is left out."""
+    if isinstance(value, Mapping):
+        named = {key: _plain(one) for key, one in value.items() if one is not None}
+        return ", ".join(f"{key} {text}" for key, text in named.items() if text)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _pictures(document: Mapping[str, Any]) -> list[tuple[str, str]]:
