@@ -157,3 +157,13 @@ def paired_with_adamw(
     measured = [r for r in results if "cpu_seconds" in r]
     own, adamw = (cells_of(default[name], measured) for name in (method, "adamw"))
     return [(own[key], adamw[key]) for key in sorted(own.keys() & adamw.keys())]
+
+
+def time_ratios(pairs: Sequence[tuple[Facts, Facts]]) -> list[float]:
+    """CPU times over AdamW's, of runs of one day: the machine's speed differs from day to day."""
+    return [
+        own["cpu_seconds"] / adamw["cpu_seconds"]
+        for own, adamw in pairs
+        if "cpu_seconds" in own and "cpu_seconds" in adamw
+        if own["date"][:10] == adamw["date"][:10]
+    ]

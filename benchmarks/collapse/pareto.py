@@ -13,7 +13,15 @@ from functools import lru_cache
 
 import numpy as np
 
-from benchmarks.collapse.curves import Array, Curve, Facts, Shares, curves, paired_with_adamw
+from benchmarks.collapse.curves import (
+    Array,
+    Curve,
+    Facts,
+    Shares,
+    curves,
+    paired_with_adamw,
+    time_ratios,
+)
 from benchmarks.collapse.variants import DEFAULT, SuitePlan
 
 TASK_LOSS = 0.02  # share of AdamW's task metric that a setting may lose and still be "permitted"
@@ -194,7 +202,7 @@ def _costs(plan: SuitePlan, results: Sequence[Facts], method: str) -> list[str]:
     pairs = paired_with_adamw(plan, results, method)
     if not pairs:
         return ["", "", ""]
-    time = np.median([own["cpu_seconds"] / adamw["cpu_seconds"] for own, adamw in pairs])
+    ratios = time_ratios(pairs)
     memory = np.median([own["peak_memory_mb"] - adamw["peak_memory_mb"] for own, adamw in pairs])
     passes = np.mean([own["rows"]["anchor_rows"] for own, _ in pairs])
-    return [f"{time:.2f}", f"{memory:+.0f}", f"{passes:.0f}"]
+    return [f"{np.median(ratios):.2f}" if ratios else "-", f"{memory:+.0f}", f"{passes:.0f}"]

@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.collapse.agreement import agreement_table, result_path
-from benchmarks.collapse.curves import cells_of
+from benchmarks.collapse.curves import cells_of, time_ratios
 from benchmarks.collapse.pareto import pareto_table
 from benchmarks.collapse.results import FOLDER, load_all
 from benchmarks.collapse.variants import DEFAULT, SWEEP, SuitePlan, Variant, read_plan
@@ -27,10 +27,10 @@ Facts = Mapping[str, Any]
 def table(plan: SuitePlan, results: Sequence[Facts], *groups: str) -> str:
     """Groups of variants: a row each, per task the plan's columns over the seeds.
 
-    Behind them the median CPU time over AdamW's of the same task and seed, and anchor rows of a
-    run. A cell holds the mean and, behind it, the
-    smallest and largest seed when they differ. Variants that have not been run, or whose settings
-    have changed since, have no row; tasks that none of them has run have no columns.
+    Behind them the median CPU time over AdamW's of the same task, seed and day, and anchor rows of
+    a run. A cell holds the mean and, behind it, the smallest and largest seed when they differ.
+    Variants that have not been run, or whose settings have changed since, have no row; tasks that
+    none of them has run have no columns.
     """
     variants = [v for v in plan.variants if v.group in groups]
     made = [(v.label, [r for r in results if v.made(r)]) for v in variants]
@@ -39,12 +39,12 @@ def table(plan: SuitePlan, results: Sequence[Facts], *groups: str) -> str:
         return "Not run yet."
     heads = [f"{task}: {label}" for task in tasks for label in plan.columns.values()]
     rows = [["", *heads, "time", "anchor rows", "seeds"], ["---"] * (len(heads) + 4)]
+    adamw = cells_of(_adamw(plan), results)
     rows += [[*_row("aligned model", results, tasks, plan, "aligned"), "", "", _seeds(results)]]
     rows += [
-        [*_row(label, own, tasks, plan, "final"), time, _anchor_rows(own), _seeds(own)]
+        [*_row(label, own, tasks, plan, "final"), _time(own, adamw), _anchor_rows(own), _seeds(own)]
         for label, own in made
         if own
-        for time in [time_ratio(own, cells_of(_adamw(plan), results))]
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -63,14 +63,9 @@ def _adamw(plan: SuitePlan) -> Variant:
     return next(v for v in plan.variants if (v.method, v.name) == ("adamw", DEFAULT))
 
 
-def time_ratio(results: Sequence[Facts], adamw: Mapping[tuple[str, int], Facts]) -> str:
-    """Median CPU time over AdamW's of the same task and seed; the first results lack it."""
-    pairs = [(r, adamw.get((r["task"], r["seed"]), {})) for r in results]
-    ratios = [
-        own["cpu_seconds"] / other["cpu_seconds"]
-        for own, other in pairs
-        if "cpu_seconds" in own and "cpu_seconds" in other
-    ]
+def _time(results: Sequence[Facts], adamw: Mapping[tuple[str, int], Facts]) -> str:
+    cells = {(r["task"], r["seed"]): r for r in results}
+    ratios = time_ratios([(cells[key], adamw[key]) for key in sorted(cells.keys() & adamw.keys())])
     return f"{median(ratios):.2f}" if ratios else "-"
 
 

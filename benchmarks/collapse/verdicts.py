@@ -19,6 +19,7 @@ from benchmarks.collapse.curves import (
     curves,
     paired_with_adamw,
     task_score,
+    time_ratios,
 )
 from benchmarks.collapse.pareto import (
     OVER_REFUSAL,
@@ -165,10 +166,10 @@ def _keeps_the_model(_p: SuitePlan, _r: Sequence[Facts], found: dict[str, Curve]
 
 
 def _is_cheap(plan: SuitePlan, results: Sequence[Facts], _found: dict[str, Curve]) -> Verdict:
-    pairs = paired_with_adamw(plan, results, OURS)
+    pairs = [p for p in paired_with_adamw(plan, results, OURS) if time_ratios([p])]
     if not pairs:
         return NOT_RUN
-    ratio = float(np.median([own["cpu_seconds"] / adamw["cpu_seconds"] for own, adamw in pairs]))
+    ratio = float(np.median(time_ratios(pairs)))
     seeds = len({own["seed"] for own, _ in pairs})
     return Verdict(f"{ratio:.2f} x AdamW's CPU time, median", ratio <= COST, seeds)
 

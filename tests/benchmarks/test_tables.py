@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.collapse import tables, variants
+from benchmarks.collapse.curves import time_ratios
 from benchmarks.collapse.results import Cell, load_all, save
 from benchmarks.collapse.variants import read_plan
 from benchmarks.markdown import fill
@@ -76,6 +77,13 @@ def test_table_is_made_from_result_files(plan_folder: Path, tmp_path: Path) -> N
         "| AdamW | 0.95 (0.90 to 1.00) | 1.00 | - | 2 |",
         "| ours | 0.03 | 2.00 | 145 | 2 |",
     ]
+
+
+def test_times_of_different_days_are_not_compared() -> None:
+    adamw = {"cpu_seconds": 2.0, "date": "2026-01-01T23:00:00"}
+    same = {"cpu_seconds": 3.0, "date": "2026-01-01T01:00:00"}
+    later = {"cpu_seconds": 3.0, "date": "2026-01-02T01:00:00"}
+    assert time_ratios([(same, adamw), (later, adamw), ({"date": ""}, adamw)]) == [1.5]
 
 
 def test_a_task_apart_has_a_table_of_its_own(

@@ -46,6 +46,7 @@ def result(name: str, seed: int, task: float, asr: float, over: float) -> dict[s
         "aligned": {"asr": 0.0, "over_refusal": 0.0},
         "final": {"task_accuracy": task, "asr": asr, "over_refusal": over},
         "cpu_seconds": 1.2 if method == "safe" else 1.0,
+        "date": "2026-01-01T00:00:00",
     }
 
 
