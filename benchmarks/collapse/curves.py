@@ -160,10 +160,14 @@ def paired_with_adamw(
 
 
 def time_ratios(pairs: Sequence[tuple[Facts, Facts]]) -> list[float]:
-    """CPU times over AdamW's, of runs of one day: the machine's speed differs from day to day."""
+    """CPU times over AdamW's, of runs of one day on one kind of processor: speeds differ else."""
     return [
         own["cpu_seconds"] / adamw["cpu_seconds"]
         for own, adamw in pairs
         if "cpu_seconds" in own and "cpu_seconds" in adamw
-        if own["date"][:10] == adamw["date"][:10]
+        if _occasion(own) == _occasion(adamw)
     ]
+
+
+def _occasion(facts: Facts) -> tuple[str, str]:
+    return facts["date"][:10], facts["processor"]

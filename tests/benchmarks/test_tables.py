@@ -79,11 +79,13 @@ def test_table_is_made_from_result_files(plan_folder: Path, tmp_path: Path) -> N
     ]
 
 
-def test_times_of_different_days_are_not_compared() -> None:
-    adamw = {"cpu_seconds": 2.0, "date": "2026-01-01T23:00:00"}
-    same = {"cpu_seconds": 3.0, "date": "2026-01-01T01:00:00"}
-    later = {"cpu_seconds": 3.0, "date": "2026-01-02T01:00:00"}
-    assert time_ratios([(same, adamw), (later, adamw), ({"date": ""}, adamw)]) == [1.5]
+def test_times_of_different_days_or_processors_are_not_compared() -> None:
+    adamw = {"cpu_seconds": 2.0, "date": "2026-01-01T23:00:00", "processor": "A"}
+    same = {"cpu_seconds": 3.0, "date": "2026-01-01T01:00:00", "processor": "A"}
+    later, other = same | {"date": "2026-01-02T01:00:00"}, same | {"processor": "B"}
+    untimed = {"date": adamw["date"], "processor": "A"}
+    pairs = [(run, adamw) for run in (same, later, other, untimed)]
+    assert time_ratios(pairs) == [1.5]
 
 
 def test_a_task_apart_has_a_table_of_its_own(
