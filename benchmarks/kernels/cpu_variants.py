@@ -36,7 +36,7 @@ from safeopt_kernels.settings import AdamW
 ADAMW = AdamW(lr=1e-6, weight_decay=0.0, step=3)
 BF16 = torch.bfloat16
 BASE = "fused AdamW, no guard"
-NATIVE = "strips in C++, bf16 products of halves"
+NATIVE = "strips in C++"
 
 
 @dataclass
@@ -139,7 +139,7 @@ def row_blocks(problem: Problem) -> Tensor:
 
 
 def native(problem: Problem) -> Tensor:
-    """The operators in C++, on CPUs with AMX tiles: bf16 products of halves."""
+    """The operators in C++: with AMX tiles in bf16 products of halves, else in fp32."""
     return _by_operators(problem, "native")
 
 

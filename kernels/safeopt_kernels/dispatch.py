@@ -1,6 +1,6 @@
 """Which implementation runs: one function decides, ``SAFEOPT_KERNELS`` overrides it.
 
-``SAFEOPT_KERNELS`` is "auto" (Triton where it can run, C++ on CPUs with AMX tiles, the reference
+``SAFEOPT_KERNELS`` is "auto" (Triton where it can run, C++ on CPUs with AVX2 or more, the reference
 elsewhere), "reference", or "triton" or "native", which raise where they cannot run.
 """
 

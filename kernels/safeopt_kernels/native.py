@@ -1,14 +1,17 @@
-"""The two-pass step on CPUs with AMX tiles, in C++: fp32 matrices, the step in the weights.
+"""The two-pass step on CPUs, in C++: fp32 matrices, the step in the weights.
 
-``amx/`` has the code, `build` compiles it at the first call (a few seconds, once).
+``cpp/`` has the code, `builds` says which of it a CPU takes, and `build` compiles that at the first
+call (a few seconds, once).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_double, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,14 +21,50 @@ from safeopt_kernels import build
 from safeopt_kernels.settings import AdamW, scalars
 from safeopt_kernels.table import Piece
 
-_SOURCE = Path(__file__).parent / "amx" / "amx.cpp"
-_INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16")
-_TILES = ("amx-tile", "amx-bf16")
 _FLAGS = (
-    "-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-mfma",
-    *(f"-m{name}" for name in (*_INSTRUCTIONS, *_TILES)),
+    "-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC",
 )  # fmt: skip
-_IN_CPUINFO = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile", "amx_bf16"}
+_WIDE = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+
+@dataclass(frozen=True)
+class Build:
+    """Code for one kind of CPU.
+
+    Attributes:
+        source: file in ``cpp/``.
+        instructions: what the CPU must know, as the compiler calls it.
+        more: other flags of the compiler.
+    """
+
+    source: str
+    instructions: tuple[str, ...]
+    more: tuple[str, ...] = ()
+
+    def missing(self, cpu: set[str]) -> list[str]:
+        """Instructions that a CPU with these flags of ``/proc/cpuinfo`` lacks."""
+        # Linux writes avx512_bf16 and amx_tile, compilers avx512bf16 and amx-tile.
+        known = {name.replace("_", "") for name in cpu}
+        return [name for name in self.instructions if name.replace("-", "") not in known]
+
+    def compile(self) -> ctypes.CDLL:
+        """Build and load it.
+
+        Raises:
+            RuntimeError: there is no compiler, it fails, or the system withholds registers.
+            OSError: the cache cannot be written, or the library cannot be loaded.
+        """
+        flags = (*_FLAGS, *(f"-m{name}" for name in self.instructions), *self.more)
+        library = build.library(Path(__file__).parent / "cpp" / self.source, flags)
+        if library.prepare() != 0:
+            raise RuntimeError("the operating system does not hand out AMX tiles")
+        return library
+
+
+AMX = Build("amx.cpp", ("fma", *_WIDE, "avx512bf16", "amx-tile", "amx-bf16"))
+AVX512 = Build("vectors.cpp", ("fma", *_WIDE), ("-mprefer-vector-width=512",))
+AVX2 = Build("vectors.cpp", ("fma", "avx2"))
+_BUILDS = (AMX, AVX512, AVX2)  # the fastest first
 
 
 class _Matrix(ctypes.Structure):
@@ -56,9 +95,6 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
 
 @functools.cache
 def _obstacle_of_machine() -> str | None:
-    missing = sorted(_IN_CPUINFO - _cpu_flags())
-    if missing:
-        return f"the CPU lacks {', '.join(missing)}"
     try:
         _library()
     except (RuntimeError, OSError) as error:
@@ -75,11 +111,31 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+def builds() -> list[Build]:
+    """The builds that this CPU can run, the fastest first."""
+    cpu = _cpu_flags()
+    return [one for one in _BUILDS if not one.missing(cpu)]
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = build.library(_SOURCE, _FLAGS)
-    if library.prepare() != 0:
-        raise RuntimeError("the operating system does not hand out AMX tiles")
+    """The fastest that compiles here.
+
+    Raises:
+        RuntimeError: there is none, or none compiles.
+        OSError: the cache cannot be written, or the library cannot be loaded.
+    """
+    candidates = builds()
+    if not candidates:
+        raise RuntimeError(f"the CPU lacks {', '.join(_BUILDS[-1].missing(_cpu_flags()))}")
+    for candidate in candidates[:-1]:
+        with contextlib.suppress(RuntimeError):  # tiles withheld, or an old compiler
+            return declared(candidate.compile())
+    return declared(candidates[-1].compile())
+
+
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, told the types of its functions' arguments."""
     matrices, double = POINTER(_Matrix), POINTER(c_double)
     library.propose.argtypes = [
         matrices, c_int64, c_int64, POINTER(_Scalars), c_int, double, double

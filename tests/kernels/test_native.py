@@ -1,7 +1,9 @@
-"""The C++ kernels of CPUs with AMX tiles against the float64 reference."""
+"""The C++ kernels against the float64 reference, in every build that this CPU can run."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,18 +12,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safeopt_kernels import build, dispatch, native, ops, reference
+from safeopt_kernels import dispatch, native, ops, reference
 from tests.kernels.test_ops import ADAMW, Lists, worst
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
-# Factors and steps enter the products with 16 bits: each rounds by 2^-17, and a product of the two
-# lower halves, 2^-18, is left out.
-PRODUCTS = 2.0**-15
+# With AMX tiles factors and steps enter the products with 16 bits: each rounds by 2^-17, and a
+# product of the two lower halves, 2^-18, is left out. The others multiply in float32.
+PRODUCTS = {native.AMX: 2.0**-15, native.AVX512: 2.0**-20, native.AVX2: 2.0**-20}
 FP32 = 64 * 2.0**-23
 
 
-def check(lists: Lists) -> None:
+@pytest.fixture(params=native.builds(), ids=lambda build: build.instructions[-1])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> native.Build:
+    """One build, taken instead of the fastest."""
+    build: native.Build = request.param
+    try:
+        library = native.declared(build.compile())
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(native, "_library", lambda: library)
+    return build
+
+
+def check(lists: Lists, products: float) -> None:
     """One step of a list, and its low-rank part off again, against float64."""
     count = len(lists.left[0])
     before = [p.double() for p in lists.p]
@@ -37,7 +51,7 @@ def check(lists: Lists) -> None:
         expected += reference.coefficients(stored, lists.left[i], lists.right[i])
         scale += float(stored.norm() * lists.left[i].norm() * lists.right[i].norm())
         total += float(stored.square().sum())
-    assert float((c - expected).abs().max()) <= PRODUCTS * scale
+    assert float((c - expected).abs().max()) <= products * scale
     assert float(squared_norm) == pytest.approx(total, rel=1e-6)
 
     moved = [p.double() for p in lists.p]
@@ -50,7 +64,7 @@ def check(lists: Lists) -> None:
         norms = [(x.norm(dim=0)[:, None], y.norm(dim=0)) for x, y in pairs]
         sizes = [abs(a) * x * y for a, (x, y) in zip(weights, norms, strict=True)]
         error = (p.double() - (start - sum(terms))).abs()
-        assert bool((error <= PRODUCTS * sum(sizes) + FP32 * (start.abs() + p.abs())).all())
+        assert bool((error <= products * sum(sizes) + FP32 * (start.abs() + p.abs())).all())
 
 
 @settings(
@@ -63,9 +77,9 @@ def check(lists: Lists) -> None:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_steps_of_random_shapes_are_the_reference(
-    shapes: list[tuple[int, int]], count: int, rank: int, seed: int
+    shapes: list[tuple[int, int]], count: int, rank: int, seed: int, chosen: native.Build
 ) -> None:
-    check(Lists.random(seed, shapes, count, rank, torch.float32))
+    check(Lists.random(seed, shapes, count, rank, torch.float32), PRODUCTS[chosen])
 
 
 @pytest.mark.parametrize(
@@ -75,20 +89,21 @@ def test_steps_of_random_shapes_are_the_reference(
 )
 @pytest.mark.parametrize(("count", "rank"), [(1, 1), (8, 8), (16, 8), (3, 25)])
 def test_steps_of_ragged_shapes_are_the_reference(
-    shapes: list[tuple[int, int]], count: int, rank: int
+    shapes: list[tuple[int, int]], count: int, rank: int, chosen: native.Build
 ) -> None:
     seed = int(torch.randint(2**31, ()))
-    check(Lists.random(seed, shapes, count, rank, torch.float32))
+    check(Lists.random(seed, shapes, count, rank, torch.float32), PRODUCTS[chosen])
 
 
-def test_matrices_of_different_ranks_go_together() -> None:
+def test_matrices_of_different_ranks_go_together(chosen: native.Build) -> None:
     one = Lists.random(1, [(40, 50)], 4, 3, torch.float32)
     other = Lists.random(2, [(20, 70), (1, 30)], 4, 6, torch.float32)
     for name in ("p", "g", "m", "v", "left", "right"):
         getattr(one, name).extend(getattr(other, name))
-    check(one)
+    check(one, PRODUCTS[chosen])
 
 
+@pytest.mark.usefixtures("chosen")
 def test_no_bit_depends_on_the_number_of_threads() -> None:
     before, found = torch.get_num_threads(), []
     try:
@@ -104,6 +119,7 @@ def test_no_bit_depends_on_the_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("chosen")
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_is_found_anywhere(bad: float) -> None:
     tensors = [torch.full((5,), 3e38), torch.randn(70, 91), torch.randn(0), torch.randn(4097)]
@@ -156,33 +172,89 @@ def test_there_is_no_native_one_sided_step() -> None:
         ops.adamw_onesided_(p, g, m, v, torch.eye(8)[:, :2].contiguous(), ADAMW)
 
 
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    """Which build runs is decided anew, in the test and after it."""
+
+    def forget() -> None:
+        for cached in (native._library, native._obstacle_of_machine):
+            cached.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [("no-such-compiler", r"install g\+\+, or set CXX"), ("false", "false cannot compile")],
 )
 def test_without_a_compiler_one_gets_the_reference_or_is_told(
-    compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compiler: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    fresh_library: None,
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("SAFEOPT_CACHE", str(tmp_path))
-    for cached in (native._library, native._obstacle_of_machine):
-        cached.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match=message):
-            Lists.random(6, [(4, 4)], 2, 1, torch.float32).propose(in_place=True)
-        monkeypatch.setenv("SAFEOPT_KERNELS", "auto")
-        assert taken(torch.zeros(1024, 1024)) == "reference"
-        assert not list(tmp_path.rglob("*.so"))
-    finally:
-        for cached in (native._library, native._obstacle_of_machine):
-            cached.cache_clear()
+    with pytest.raises(RuntimeError, match=message):
+        Lists.random(6, [(4, 4)], 2, 1, torch.float32).propose(in_place=True)
+    monkeypatch.setenv("SAFEOPT_KERNELS", "auto")
+    assert taken(torch.zeros(1024, 1024)) == "reference"
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SAFEOPT_CACHE", str(tmp_path))
-    first = build.library(native._SOURCE, native._FLAGS)
+    fastest = native.builds()[0]
+    first = fastest.compile()
     (made,) = tmp_path.rglob("*.so")
     stamp = made.stat().st_mtime_ns
-    assert build.library(native._SOURCE, native._FLAGS)._name == first._name == str(made)
+    assert fastest.compile()._name == first._name == str(made)
     assert made.stat().st_mtime_ns == stamp
     assert list((tmp_path / "kernels").iterdir()) == [made]
+
+
+# -- which build a CPU gets --------------------------------------------------------------------
+
+_ZEN5 = "fma avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        (f"{_ZEN5} amx_tile amx_bf16", [native.AMX, native.AVX512, native.AVX2]),
+        (_ZEN5, [native.AVX512, native.AVX2]),
+        ("sse2 fma avx2", [native.AVX2]),
+        ("sse2", []),
+    ],
+)
+def test_a_cpu_gets_what_its_instructions_allow(
+    cpu: str, expected: list[native.Build], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_cpu_flags", lambda: set(cpu.split()))
+    assert native.builds() == expected
+
+
+def test_a_cpu_without_any_is_told_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, fresh_library: None
+) -> None:
+    monkeypatch.setattr(native, "_cpu_flags", lambda: {"sse2"})
+    with pytest.raises(RuntimeError, match="the CPU lacks fma, avx2"):
+        Lists.random(7, [(4, 4)], 2, 1, torch.float32).propose(in_place=True)
+
+
+def test_where_tiles_are_withheld_the_next_build_is_taken(
+    monkeypatch: pytest.MonkeyPatch, fresh_library: None
+) -> None:
+    compile_ = native.Build.compile
+
+    def withheld(build: native.Build) -> ctypes.CDLL:
+        if build == native.AMX:
+            raise RuntimeError("the operating system does not hand out AMX tiles")
+        return compile_(build)
+
+    monkeypatch.setattr(native, "_cpu_flags", lambda: set(f"{_ZEN5} amx_tile amx_bf16".split()))
+    monkeypatch.setattr(native.Build, "compile", withheld)
+    assert Path(native._library()._name).name.startswith("vectors-")

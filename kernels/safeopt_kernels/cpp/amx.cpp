@@ -9,8 +9,8 @@
 //
 // Plain C functions at the end, called through ctypes: compiling this takes a second or two.
 
-#include "apply.h"
-#include "propose.h"
+#include "amx_apply.h"
+#include "amx_propose.h"
 
 extern "C" {
 

@@ -1,12 +1,9 @@
 // Lists of matrices as pieces of work for several threads.
 #pragma once
 
-#include "tiles.h"
+#include "amx_tiles.h"
 
 namespace {
-
-// Norms and biases, and what has no factors, are done as rows without tiles.
-bool is_flat(const Matrix &x) { return x.rows == 1 || x.rank == 0; }
 
 // Matrices whose factors are packed together, their work numbered through.
 struct Group {

@@ -1,7 +1,7 @@
 // Pass 2: p <- p - sum_k a_k left_k^T right_k.
 #pragma once
 
-#include "lists.h"
+#include "amx_lists.h"
 
 namespace {
 

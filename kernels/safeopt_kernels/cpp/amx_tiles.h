@@ -3,44 +3,22 @@
 
 #include <immintrin.h>
 #include <omp.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
-#include <utility>
 #include <vector>
 
-extern "C" {
-
-// A matrix p (rows, cols) of a list, row by row, with factors left (rank, rows), right (rank, cols).
-struct Matrix {
-  float *p;
-  const float *g;
-  float *m, *v;
-  const float *left, *right;
-  int64_t rows, cols, rank;  // rank: of all anchors together, N q
-};
-
-struct Scalars {
-  float decay, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, root_correction, eps;
-};
-}
+#include "matrices.h"
 
 namespace {
 
 constexpr int64_t kSide = 16;             // rows of a tile, and numbers of a vector
 constexpr int64_t kTile = 512;            // bf16 numbers of a tile: 16 rows of 32
 constexpr int64_t kApart = kTile + 32;    // between tiles that would else share cache sets
-constexpr int64_t kFlat = 4096;           // numbers of a block of what has no matrix products
 constexpr int64_t kGroup = 1 << 19;       // packed numbers of the matrices that are done together
 constexpr int64_t kAhead = 256;            // numbers that memory is asked for beforehand
 constexpr int64_t kNext = 128;            // the same, of a factor that is packed
-
-int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 __mmask16 mask(int64_t left) {
   return left >= kSide ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
@@ -49,27 +27,6 @@ __mmask16 mask(int64_t left) {
 void ask(const void *address) {
   _mm_prefetch(static_cast<const char *>(address), _MM_HINT_T1);
 }
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) {
-    const size_t bytes = blocks(size * sizeof(T) + 1, 4096) * 4096;
-    data_ = static_cast<T *>(aligned_alloc(4096, bytes));
-    if (data_ == nullptr) abort();
-    memset(data_, 0, bytes);
-  }
-  Buffer(Buffer &&other) : data_(std::exchange(other.data_, nullptr)) {}
-  Buffer &operator=(Buffer &&other) {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() { free(data_); }
-  T *at(int64_t i) { return data_ + i; }
-
- private:
-  T *data_;
-};
 
 // hi and lo of the same numbers.
 struct Halves {

@@ -1,7 +1,7 @@
 // Pass 1: AdamW, and c_i = sum over the factors k of anchor i of left_k s right_k^T.
 #pragma once
 
-#include "lists.h"
+#include "amx_lists.h"
 
 namespace {
 
