@@ -6,6 +6,7 @@ r"""The guarded CPU step of this tree beside that of another revision and beside
 The other revision is unpacked from git into a temporary folder and runs in a process of its own;
 both take steps in turns, on the same 100 M parameters, with the sketch of a refresh that really
 took place (N = 8 anchors, q = 8). Medians of the ratios within a turn are reported.
+``SAFEOPT_KERNELS`` chooses the way of this tree.
 """
 
 from __future__ import annotations
@@ -170,10 +171,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from safeopt.environment import environment
     from safeopt.files import write_json
+    from safeopt_kernels import dispatch
 
     result = {
         "command": f"python -m benchmarks.kernels.paired {' '.join(argv)}",
         "environment": environment(),
+        "kernels": dispatch.mode(),
         "parameters": args.layers * args.width**2,
         **measure(args),
     }
