@@ -40,7 +40,9 @@ def draw(found: Sequence[Curve], path: Path) -> None:
 
 def _panel(axes: Any, found: Sequence[Curve], task: int) -> None:
     quiet = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for number, curve in enumerate(sorted(found, key=lambda c: c.method in LOUD)):
+    order = ["", *reversed(LOUD)]  # ours last, so on top
+    ranked = sorted(found, key=lambda c: order.index(c.method if c.method in LOUD else ""))
+    for number, curve in enumerate(ranked):
         x, y = curve.task.mean(-1)[:, task], 1 - curve.asr.rates.mean(-1)[:, task]
         loud = curve.method in LOUD
         style = {
