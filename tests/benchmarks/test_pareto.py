@@ -55,6 +55,7 @@ def result(method: str, name: str, seed: int, task: float, asr: float, over: flo
         "final": {"task_accuracy": task, "asr": asr, "over_refusal": over},
         "cpu_seconds": 2.0 if method == "adamw" else 3.0,
         "date": "2026-01-01T00:00:00",
+        "processor": "A",
         "peak_memory_mb": 100.0,
         "rows": {"anchor_rows": 0 if method == "adamw" else 1280},
     }

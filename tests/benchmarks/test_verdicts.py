@@ -47,6 +47,7 @@ def result(name: str, seed: int, task: float, asr: float, over: float) -> dict[s
         "final": {"task_accuracy": task, "asr": asr, "over_refusal": over},
         "cpu_seconds": 1.2 if method == "safe" else 1.0,
         "date": "2026-01-01T00:00:00",
+        "processor": "A",
     }
 
 
