@@ -84,7 +84,8 @@ class Guard:
             costs the task nothing to first order, and cannot hold against a task gradient that
             keeps opposing the anchors.
         step_limit: trust region; a refresh that finds a larger mean violation, in nats, shortens
-            the steps until the next one (`safeopt.geometry.moves.next_brake`). None never does.
+            the steps until the next one (`safeopt.geometry.moves.next_brake`). None never does:
+            try it where ``safety/brake`` stays low and the task is not learned, as with adapters.
         tangent: switch of the first move.
         retraction: switch of the second move.
         transport: False keeps the first sketch for good; losses are still measured.
