@@ -85,7 +85,7 @@ class Guard:
             keeps opposing the anchors.
         step_limit: trust region; a refresh that finds a larger mean violation, in nats, shortens
             the steps until the next one (`safeopt.geometry.moves.next_brake`). None never does:
-            try it where ``safety/brake`` stays low and the task is not learned, as with adapters.
+            try it where ``safety/brake`` stays at its floor of 0.1 and the task is not learned.
         tangent: switch of the first move.
         retraction: switch of the second move.
         transport: False keeps the first sketch for good; losses are still measured.
