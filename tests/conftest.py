@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -69,3 +69,11 @@ def native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if obstacle is not None:
         pytest.skip(f"no native kernels here: {obstacle}")
     monkeypatch.setenv("SAFEOPT_KERNELS", "native")
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[None]:
+    """Torch's settings of float32 products, put back after the test."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)

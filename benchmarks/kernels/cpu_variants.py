@@ -18,7 +18,8 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ ADAMW = AdamW(lr=1e-6, weight_decay=0.0, step=3)
 BF16 = torch.bfloat16
 BASE = "fused AdamW, no guard"
 NATIVE = "strips in C++"
+NATIVE_BF16 = "strips in C++, bf16 products"
 
 
 @dataclass
@@ -123,14 +125,21 @@ def bf16_products(problem: Problem) -> Tensor:
     return whole_matrices(problem, BF16)
 
 
-def bf16_mode(problem: Problem) -> Tensor:
-    """The same in fp32 while oneDNN may multiply in bf16 inside."""
+@contextmanager
+def rounding() -> Iterator[None]:
+    """Let oneDNN and the C++ multiply float32 matrices in bf16 inside."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
-        return whole_matrices(problem)
+        yield
     finally:
         settings.fp32_precision = before
+
+
+def bf16_mode(problem: Problem) -> Tensor:
+    """The same in fp32 while oneDNN may multiply in bf16 inside."""
+    with rounding():
+        return whole_matrices(problem)
 
 
 def row_blocks(problem: Problem) -> Tensor:
@@ -141,6 +150,12 @@ def row_blocks(problem: Problem) -> Tensor:
 def native(problem: Problem) -> Tensor:
     """The operators in C++: with AMX tiles in bf16 products of halves, else in fp32."""
     return _by_operators(problem, "native")
+
+
+def native_bf16(problem: Problem) -> Tensor:
+    """The same while they may round what they multiply to bf16."""
+    with rounding():
+        return native(problem)
 
 
 def _by_operators(problem: Problem, mode: str) -> Tensor:
@@ -212,6 +227,7 @@ VARIANTS: dict[str, Callable[[Problem], Tensor | None]] = {
     "whole matrices, bf16 products": bf16_products,
     "compiled blocks, bf16 products": compiled,
     NATIVE: native,
+    NATIVE_BF16: native_bf16,
 }
 
 
@@ -221,12 +237,21 @@ def parts_of(problem: Problem) -> dict[str, Callable[[], object]]:
     lists = (p, problem.g, problem.m, problem.v)
     none = ([x[:, :0] for x in problem.left], [x[:, :0] for x in problem.right])
     count = len(problem.weights)
+
+    def propose() -> object:
+        return ops.adamw_propose_(*lists, *factors, count, ADAMW)
+
+    def apply() -> None:
+        ops.low_rank_apply_(p, *factors, problem.weights)
+
     return {
         "gradients looked at": lambda: kernels.all_finite(problem.g),
         "pass 1 without factors": lambda: ops.adamw_propose_(*lists, *none, count, ADAMW),
-        "pass 1": lambda: ops.adamw_propose_(*lists, *factors, count, ADAMW),
+        "pass 1": propose,
+        "pass 1, bf16 products": rounding()(propose),
         "p <- p + 0": lambda: torch._foreach_add_(p, 0.0),
-        "pass 2": lambda: ops.low_rank_apply_(p, *factors, problem.weights),
+        "pass 2": apply,
+        "pass 2, bf16 products": rounding()(apply),
     }
 
 
@@ -299,9 +324,9 @@ def main(argv: Sequence[str]) -> int:
         ways = [name for name in VARIANTS if name not in args.without]
         problem = Problem.random(args.layers, args.width, 8, 8)
         obstacle = kernels.obstacle(problem.p)
-        if NATIVE in ways and obstacle is not None:
+        if obstacle is not None:
             print(f"left out: {NATIVE} ({obstacle})")
-            ways.remove(NATIVE)
+            ways = [name for name in ways if not name.startswith(NATIVE)]
         found = measure(problem, args.repeats, ways)
         if NATIVE in ways:
             found["parts_over_fused"] = measure_parts(problem, 4 * args.repeats)

@@ -6,7 +6,8 @@ r"""The guarded CPU step of this tree beside that of another revision and beside
 The other revision is unpacked from git into a temporary folder and runs in a process of its own;
 both take steps in turns, on the same 100 M parameters, with the sketch of a refresh that really
 took place (N = 8 anchors, q = 8). Medians of the ratios within a turn are reported.
-``SAFEOPT_KERNELS`` chooses the way of this tree.
+``SAFEOPT_KERNELS`` chooses the way of this tree, ``--precision medium`` lets both round what they
+multiply to bf16.
 """
 
 from __future__ import annotations
@@ -74,10 +75,11 @@ def build(layers: int, width: int) -> tuple[Any, Any]:
     return optimizer, fused
 
 
-def serve(layers: int, width: int, threads: int) -> None:
+def serve(args: argparse.Namespace) -> None:
     """Take the step that each line of the input names, and answer with its seconds."""
-    torch.set_num_threads(threads)
-    optimizer, fused = build(layers, width)
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.precision)
+    optimizer, fused = build(args.layers, args.width)
     for line in sys.stdin:
         chosen = {"guarded": optimizer, "fused": fused}[line.strip()]
         start = time.perf_counter()
@@ -89,7 +91,7 @@ def serve(layers: int, width: int, threads: int) -> None:
 def worker(folder: Path, args: argparse.Namespace) -> Iterator[subprocess.Popen[str]]:
     """A process that steps with the package found in ``folder``."""
     command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
-    for name in ("layers", "width", "threads"):
+    for name in ("layers", "width", "threads", "precision"):
         command += [f"--{name}", str(getattr(args, name))]
     path = os.pathsep.join([str(folder), str(folder / "kernels")])
     with subprocess.Popen(
@@ -163,11 +165,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--precision", choices=("highest", "medium"), default="highest")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.serve:
-        serve(args.layers, args.width, args.threads)
+        serve(args)
         return 0
     from safeopt.environment import environment
     from safeopt.files import write_json
@@ -177,6 +180,7 @@ def main(argv: Sequence[str]) -> int:
         "command": f"python -m benchmarks.kernels.paired {' '.join(argv)}",
         "environment": environment(),
         "kernels": dispatch.mode(),
+        "precision": args.precision,
         "parameters": args.layers * args.width**2,
         **measure(args),
     }

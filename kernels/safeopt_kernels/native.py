@@ -11,7 +11,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_double, c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,11 +35,13 @@ class Build:
         source: file in ``cpp/``.
         instructions: what the CPU must know, as the compiler calls it.
         more: other flags of the compiler.
+        rounds: whether numbers enter products as bf16; sums are float32 in any case.
     """
 
     source: str
     instructions: tuple[str, ...]
     more: tuple[str, ...] = ()
+    rounds: bool = False
 
     def missing(self, cpu: set[str]) -> list[str]:
         """Instructions that a CPU with these flags of ``/proc/cpuinfo`` lacks."""
@@ -54,17 +56,21 @@ class Build:
             RuntimeError: there is no compiler, it fails, or the system withholds registers.
             OSError: the cache cannot be written, or the library cannot be loaded.
         """
-        flags = (*_FLAGS, *(f"-m{name}" for name in self.instructions), *self.more)
+        rounds = ("-DSAFEOPT_BF16",) if self.rounds else ()
+        flags = (*_FLAGS, *(f"-m{name}" for name in self.instructions), *self.more, *rounds)
         library = build.library(Path(__file__).parent / "cpp" / self.source, flags)
         if library.prepare() != 0:
             raise RuntimeError("the operating system does not hand out AMX tiles")
         return library
 
 
+_LONG = ("-mprefer-vector-width=512",)
 AMX = Build("amx.cpp", ("fma", *_WIDE, "avx512bf16", "amx-tile", "amx-bf16"))
-AVX512 = Build("vectors.cpp", ("fma", *_WIDE), ("-mprefer-vector-width=512",))
+AMX_BF16 = replace(AMX, rounds=True)
+AVX512 = Build("vectors.cpp", ("fma", *_WIDE), _LONG)
+AVX512_BF16 = Build("vectors.cpp", ("fma", *_WIDE, "avx512bf16"), _LONG, rounds=True)
 AVX2 = Build("vectors.cpp", ("fma", "avx2"))
-_BUILDS = (AMX, AVX512, AVX2)  # the fastest first
+_BUILDS = (AMX_BF16, AVX512_BF16, AMX, AVX512, AVX2)  # the fastest first
 
 
 class _Matrix(ctypes.Structure):
@@ -90,13 +96,13 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
         return "a tensor is not float32"
     if not all(tensor.is_contiguous() for tensor in tensors):
         return "a tensor is not contiguous"
-    return _obstacle_of_machine()
+    return _obstacle_of_machine(may_round())
 
 
 @functools.cache
-def _obstacle_of_machine() -> str | None:
+def _obstacle_of_machine(rounding: bool) -> str | None:
     try:
-        _library()
+        _fastest(rounding)
     except (RuntimeError, OSError) as error:
         return str(error)
     return None
@@ -111,21 +117,43 @@ def _cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def builds() -> list[Build]:
-    """The builds that this CPU can run, the fastest first."""
+def may_round() -> bool:
+    """Whether torch has been told to take float32 matrix products in bf16 on CPUs.
+
+    ``torch.set_float32_matmul_precision("medium")`` says so; torch's default is not to.
+    """
+    chosen = getattr(torch.backends.mkldnn, "matmul", None)
+    precision = getattr(
+        chosen, "fp32_precision", None
+    )  # torch 2.9; the older getter may raise there
+    if precision is None:
+        return torch.get_float32_matmul_precision() == "medium"
+    return bool(precision == "bf16")
+
+
+def builds(rounding: bool) -> list[Build]:
+    """The builds that this CPU can run, the fastest first.
+
+    Args:
+        rounding: also those whose products are of numbers rounded to bf16.
+    """
     cpu = _cpu_flags()
-    return [one for one in _BUILDS if not one.missing(cpu)]
+    return [one for one in _BUILDS if (rounding or not one.rounds) and not one.missing(cpu)]
+
+
+def _library() -> ctypes.CDLL:
+    return _fastest(may_round())
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def _fastest(rounding: bool) -> ctypes.CDLL:
     """The fastest that compiles here.
 
     Raises:
         RuntimeError: there is none, or none compiles.
         OSError: the cache cannot be written, or the library cannot be loaded.
     """
-    candidates = builds()
+    candidates = builds(rounding)
     if not candidates:
         raise RuntimeError(f"the CPU lacks {', '.join(_BUILDS[-1].missing(_cpu_flags()))}")
     for candidate in candidates[:-1]:

@@ -61,9 +61,10 @@ class SafeAdamW(HoldsGuard, torch.optim.AdamW):
 
     On GPUs the guarded step runs in Triton kernels, where Triton is installed. On CPUs with AVX2,
     AVX-512 or AMX tiles, fp32 weights from a million on are stepped in C++ that is compiled at the
-    first such step (a few seconds, once; it takes a C++ compiler). ``SAFEOPT_KERNELS=reference``
-    keeps the step in plain torch; ``triton`` and ``native`` (that C++) make a step raise a
-    RuntimeError that they cannot take.
+    first such step (a few seconds, once; it takes a C++ compiler), with products in bf16, faster,
+    after ``torch.set_float32_matmul_precision("medium")``. ``SAFEOPT_KERNELS=reference`` keeps the
+    step in plain torch; ``triton`` and ``native`` (that C++) make a step raise a RuntimeError that
+    they cannot take.
 
     Example:
         >>> guard = safeopt.Guard(model, anchors, budget=0.02)

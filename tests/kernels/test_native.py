@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,54 +18,95 @@ from tests.kernels.test_ops import ADAMW, Lists, worst
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
-# With AMX tiles factors and steps enter the products with 16 bits: each rounds by 2^-17, and a
-# product of the two lower halves, 2^-18, is left out. The others multiply in float32.
-PRODUCTS = {native.AMX: 2.0**-15, native.AVX512: 2.0**-20, native.AVX2: 2.0**-20}
+# Of the sizes of what is added up, in float32, after what rounds to bf16 has done so. With AMX
+# tiles what does not has 16 bits in products: each factor rounds by 2^-17, and a product of the two
+# lower halves, 2^-18, is left out.
+PRODUCTS, HALVES = 2.0**-20, 2.0**-15
+BF16 = 2.0**-8  # what rounding to bf16 may do
 FP32 = 64 * 2.0**-23
 
+# The code for AMX with its tiles in plain C++, where the CPU has what else it takes.
+EMULATED = native.Build(
+    native.AMX.source,
+    native.AVX512_BF16.instructions,
+    ("-include", str(Path(__file__).parent / "emulated_tiles.h")),
+)
+EMULATED_BF16 = replace(EMULATED, rounds=True)
+CAN_EMULATE = native.AVX512_BF16 in native.builds(rounding=True)
 
-@pytest.fixture(params=native.builds(), ids=lambda build: build.instructions[-1])
-def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> native.Build:
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for libraries that is empty when the tests start."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def name_of(build: native.Build) -> str:
+    tiles = "emulated-tiles" if build.source == EMULATED.source and build.more else None
+    return f"{tiles or build.instructions[-1]}{'-rounded' if build.rounds else ''}"
+
+
+@pytest.fixture(
+    params=[*native.builds(rounding=True), *([EMULATED, EMULATED_BF16] if CAN_EMULATE else [])],
+    ids=name_of,
+)
+def chosen(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> native.Build:
     """One build, taken instead of the fastest."""
     build: native.Build = request.param
+    monkeypatch.setenv("SAFEOPT_CACHE", str(cache))
     try:
         library = native.declared(build.compile())
     except RuntimeError as error:
+        if "does not hand out" not in str(error):
+            raise
         pytest.skip(str(error))
     monkeypatch.setattr(native, "_library", lambda: library)
     return build
 
 
-def check(lists: Lists, products: float) -> None:
+def entered(x: Tensor, build: native.Build) -> Tensor:
+    """What of float32 numbers enters a product."""
+    return (x.float().bfloat16() if build.rounds else x).double()
+
+
+def check(lists: Lists, build: native.Build) -> None:
     """One step of a list, and its low-rank part off again, against float64."""
-    count = len(lists.left[0])
+    count, has_halves = len(lists.left[0]), build.source == native.AMX.source and not build.rounds
+    products = HALVES if has_halves else PRODUCTS
     before = [p.double() for p in lists.p]
     moments = [(m.double(), v.double()) for m, v in zip(lists.m, lists.v, strict=True)]
     c, squared_norm = lists.propose(in_place=True)
-    expected, total, scale = torch.zeros(count, dtype=torch.float64), 0.0, 1e-300
+    expected, exact = torch.zeros(2, count, dtype=torch.float64)
+    total, scale = 0.0, 1e-300
     for i, (m, v) in enumerate(moments):
         truth = reference.propose_(before[i], lists.g[i], m, v, ADAMW)
-        stored = lists.p[i].double() - before[i]
+        stored, left, right = lists.p[i].double() - before[i], lists.left[i], lists.right[i]
         assert worst(lists.p[i], before[i] + truth) < FP32
         assert worst(lists.m[i], m) < FP32
         assert worst(lists.v[i], v) < FP32
-        expected += reference.coefficients(stored, lists.left[i], lists.right[i])
-        scale += float(stored.norm() * lists.left[i].norm() * lists.right[i].norm())
         total += float(stored.square().sum())
+        exact += reference.coefficients(stored, left, right)
+        if len(stored) != 1:  # rows have no matrix product
+            stored, right = entered(stored, build), entered(right, build)
+        expected += reference.coefficients(stored, left.double(), right.double())
+        scale += float(stored.norm() * left.norm() * right.norm())
     assert float((c - expected).abs().max()) <= products * scale
+    assert float((c - exact).abs().max()) <= BF16 * scale
     assert float(squared_norm) == pytest.approx(total, rel=1e-6)
 
     moved = [p.double() for p in lists.p]
     weights = torch.randn(count, dtype=torch.float64)
     ops.low_rank_apply_(lists.p, lists.left, lists.right, weights)
     for p, start, left, right in zip(lists.p, moved, lists.left, lists.right, strict=True):
-        pairs = zip(left.double(), right.double(), strict=True)
-        terms = [a * x.T @ y for a, (x, y) in zip(weights, pairs, strict=True)]
-        pairs = zip(left.double(), right.double(), strict=True)
-        norms = [(x.norm(dim=0)[:, None], y.norm(dim=0)) for x, y in pairs]
-        sizes = [abs(a) * x * y for a, (x, y) in zip(weights, norms, strict=True)]
-        error = (p.double() - (start - sum(terms))).abs()
-        assert bool((error <= products * sum(sizes) + FP32 * (start.abs() + p.abs())).all())
+        scaled = weights.float()[:, None, None] * left
+        if len(p) != 1:
+            scaled, right = entered(scaled, build), entered(right, build)
+        x, y = scaled.flatten(0, 1).double(), right.flatten(0, 1).double()
+        sizes = x.norm(dim=0)[:, None] * y.norm(dim=0)
+        error = (p.double() - (start - x.T @ y)).abs()
+        assert bool((error <= products * sizes + FP32 * (start.abs() + p.abs())).all())
 
 
 @settings(
@@ -79,7 +121,7 @@ def check(lists: Lists, products: float) -> None:
 def test_steps_of_random_shapes_are_the_reference(
     shapes: list[tuple[int, int]], count: int, rank: int, seed: int, chosen: native.Build
 ) -> None:
-    check(Lists.random(seed, shapes, count, rank, torch.float32), PRODUCTS[chosen])
+    check(Lists.random(seed, shapes, count, rank, torch.float32), chosen)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +134,7 @@ def test_steps_of_ragged_shapes_are_the_reference(
     shapes: list[tuple[int, int]], count: int, rank: int, chosen: native.Build
 ) -> None:
     seed = int(torch.randint(2**31, ()))
-    check(Lists.random(seed, shapes, count, rank, torch.float32), PRODUCTS[chosen])
+    check(Lists.random(seed, shapes, count, rank, torch.float32), chosen)
 
 
 def test_matrices_of_different_ranks_go_together(chosen: native.Build) -> None:
@@ -100,7 +142,7 @@ def test_matrices_of_different_ranks_go_together(chosen: native.Build) -> None:
     other = Lists.random(2, [(20, 70), (1, 30)], 4, 6, torch.float32)
     for name in ("p", "g", "m", "v", "left", "right"):
         getattr(one, name).extend(getattr(other, name))
-    check(one, PRODUCTS[chosen])
+    check(one, chosen)
 
 
 @pytest.mark.usefixtures("chosen")
@@ -177,7 +219,7 @@ def fresh_library() -> Iterator[None]:
     """Which build runs is decided anew, in the test and after it."""
 
     def forget() -> None:
-        for cached in (native._library, native._obstacle_of_machine):
+        for cached in (native._fastest, native._obstacle_of_machine):
             cached.cache_clear()
 
     forget()
@@ -207,7 +249,7 @@ def test_without_a_compiler_one_gets_the_reference_or_is_told(
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SAFEOPT_CACHE", str(tmp_path))
-    fastest = native.builds()[0]
+    fastest = native.builds(rounding=False)[0]
     first = fastest.compile()
     (made,) = tmp_path.rglob("*.so")
     stamp = made.stat().st_mtime_ns
@@ -218,23 +260,60 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 # -- which build a CPU gets --------------------------------------------------------------------
 
-_ZEN5 = "fma avx2 avx512f avx512bw avx512vl avx512dq avx512_bf16"
+_SKYLAKE = "fma avx2 avx512f avx512bw avx512vl avx512dq"
+_ZEN4 = f"{_SKYLAKE} avx512_bf16"
 
 
 @pytest.mark.parametrize(
-    ("cpu", "expected"),
+    ("cpu", "exact", "rounded"),
     [
-        (f"{_ZEN5} amx_tile amx_bf16", [native.AMX, native.AVX512, native.AVX2]),
-        (_ZEN5, [native.AVX512, native.AVX2]),
-        ("sse2 fma avx2", [native.AVX2]),
-        ("sse2", []),
+        (f"{_ZEN4} amx_tile amx_bf16", [native.AMX], [native.AMX_BF16, native.AVX512_BF16]),
+        (_ZEN4, [], [native.AVX512_BF16]),
+        (_SKYLAKE, [], []),
     ],
 )
 def test_a_cpu_gets_what_its_instructions_allow(
+    cpu: str,
+    exact: list[native.Build],
+    rounded: list[native.Build],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "_cpu_flags", lambda: set(cpu.split()))
+    rest = [*exact, native.AVX512, native.AVX2]
+    assert native.builds(rounding=False) == rest
+    assert native.builds(rounding=True) == [*rounded, *rest]
+
+
+@pytest.mark.parametrize(("cpu", "expected"), [("sse2 fma avx2", [native.AVX2]), ("sse2", [])])
+def test_older_cpus_get_less(
     cpu: str, expected: list[native.Build], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "_cpu_flags", lambda: set(cpu.split()))
-    assert native.builds() == expected
+    assert native.builds(rounding=True) == native.builds(rounding=False) == expected
+
+
+@pytest.mark.usefixtures("matmul_precision")
+def test_products_are_rounded_where_torch_may_round_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(native, "_fastest", lambda rounding: asked.append(rounding))
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        native._library()
+    assert asked == [False, False, True]
+
+
+@pytest.mark.usefixtures("matmul_precision")
+def test_rounding_is_heard_from_the_setting_of_the_backend_alone() -> None:
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        assert native.may_round()
+        settings.fp32_precision = "ieee"
+        assert not native.may_round()
+    finally:
+        settings.fp32_precision = before
 
 
 def test_a_cpu_without_any_is_told_what_it_lacks(
@@ -255,6 +334,6 @@ def test_where_tiles_are_withheld_the_next_build_is_taken(
             raise RuntimeError("the operating system does not hand out AMX tiles")
         return compile_(build)
 
-    monkeypatch.setattr(native, "_cpu_flags", lambda: set(f"{_ZEN5} amx_tile amx_bf16".split()))
+    monkeypatch.setattr(native, "_cpu_flags", lambda: set(f"{_ZEN4} amx_tile amx_bf16".split()))
     monkeypatch.setattr(native.Build, "compile", withheld)
     assert Path(native._library()._name).name.startswith("vectors-")

@@ -85,6 +85,14 @@ def test_it_leaks_as_little_as_the_reference(monkeypatch: pytest.MonkeyPatch) ->
     assert leak("reference", monkeypatch) <= 1e-5
 
 
+@pytest.mark.usefixtures("matmul_precision")
+def test_where_torch_may_round_products_it_leaks_what_rounding_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.set_float32_matmul_precision("medium")
+    assert leak("native", monkeypatch) <= 2.0**-11
+
+
 # -- who takes which way -----------------------------------------------------------------------
 
 

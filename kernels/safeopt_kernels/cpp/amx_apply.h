@@ -41,8 +41,7 @@ class Apply {
         const Pair halves = split(_mm512_maskz_loadu_ps(k < x.rank ? cols : 0, row),
                                   _mm512_maskz_loadu_ps(k + 1 < x.rank ? cols : 0, row + x.cols));
         const int64_t at = part.at + (c * deep(x) + k / 32) * kTile + k % 32 * kSide;
-        _mm512_store_si512(factors.hi.at(at), zipped(halves.hi));
-        _mm512_store_si512(factors.lo.at(at), zipped(halves.lo));
+        factors.store(at, zipped(halves.hi), zipped(halves.lo));
       }
     }
   }
@@ -92,13 +91,12 @@ class Apply {
       return _mm512_mul_ps(left, _mm512_set1_ps(-shared_.weight(x, k)));
     };
     for (int64_t d = 0; d < deep(x); d++) {
-      __m512i hi[kSide], lo[kSide];
+      Pair columns[kSide];
       for (int i = 0; i < kSide; i++) {
         const Pair pair = split(scaled(d * 32 + 2 * i), scaled(d * 32 + 2 * i + 1));
-        hi[i] = zipped(pair.hi), lo[i] = zipped(pair.lo);
+        columns[i] = {zipped(pair.hi), zipped(pair.lo)};
       }
-      store_tile(hi, left_.hi.at(at + d * kTile));
-      store_tile(lo, left_.lo.at(at + d * kTile));
+      store_tile(columns, left_, at + d * kTile);
     }
   }
 
@@ -109,15 +107,18 @@ class Apply {
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const int64_t below = deep(x) * kTile, parts = 3 * deep(x);
+    const int64_t below = deep(x) * kTile, parts = (kSplit ? 3 : 1) * deep(x);
     for (int64_t d = 0, done = 0; d < deep(x); d++) {
       const int64_t one = part.at + (2 * next * deep(x) + d) * kTile, two = one + deep(x) * kTile;
       _tile_loadd(6, shared_.factors.hi.at(one), 64);
       _tile_loadd(7, shared_.factors.hi.at(two), 64);
-      multiply_by(left_.lo.at(d * kTile), below);
-      add(x, change, pair, ++done * rows_ / parts);
+      if (kSplit) {
+        multiply_by(left_.lo.at(d * kTile), below);
+        add(x, change, pair, ++done * rows_ / parts);
+      }
       multiply_by(left_.hi.at(d * kTile), below);
       add(x, change, pair, ++done * rows_ / parts);
+      if (!kSplit) continue;
       _tile_loadd(6, shared_.factors.lo.at(one), 64);
       _tile_loadd(7, shared_.factors.lo.at(two), 64);
       multiply_all();

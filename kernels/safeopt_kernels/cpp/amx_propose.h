@@ -45,18 +45,15 @@ class Propose {
   static void pack(const Group::Part &part, int64_t d, Halves &factors) {
     const Matrix &x = *part.matrix;
     for (int64_t t = 0; t < tiles(x); t++) {
-      __m512i hi[kSide], lo[kSide];
+      Pair columns[kSide];
       for (int i = 0; i < kSide; i++) {
         const int64_t k = t * kSide + i, left = k < x.rank ? x.cols - d * 32 : 0;
         const float *row = x.right + k * x.cols + d * 32;
         ask(row + kNext), ask(row + kNext + kSide);
-        const Pair pair = split(_mm512_maskz_loadu_ps(mask(left), row),
-                                _mm512_maskz_loadu_ps(mask(left - kSide), row + kSide));
-        hi[i] = pair.hi, lo[i] = pair.lo;
+        columns[i] = split(_mm512_maskz_loadu_ps(mask(left), row),
+                           _mm512_maskz_loadu_ps(mask(left - kSide), row + kSide));
       }
-      const int64_t at = part.at + (d * tiles(x) + t) * kTile;
-      store_tile(hi, factors.hi.at(at));
-      store_tile(lo, factors.lo.at(at));
+      store_tile(columns, factors, part.at + (d * tiles(x) + t) * kTile);
     }
   }
 
@@ -79,8 +76,7 @@ class Propose {
       for (int64_t d = 0; d < deep(x); d++) {
         const int64_t at = d * kApart + r * 32;
         const Pair step = r < rows ? chunk(x, (first + r) * x.cols, d * 32, squares) : Pair{};
-        _mm512_store_si512(now_.hi.at(at), step.hi);
-        _mm512_store_si512(now_.lo.at(at), step.lo);
+        now_.store(at, step.hi, step.lo);
         for (owed += steps; owed >= chunks && steps_ > 0; owed -= chunks) multiply();
       }
       squared_norm += _mm512_reduce_add_ps(squares);
@@ -96,7 +92,7 @@ class Propose {
   }
 
  private:
-  static constexpr int kSteps = 6;  // in which four tiles are multiplied
+  static constexpr int kSteps = kSplit ? 6 : 4;  // in which four tiles are multiplied
 
   static void ask_ahead(const Matrix &x, int64_t at) {
     ask(x.p + at + kAhead), ask(x.g + at + kAhead), ask(x.m + at + kAhead), ask(x.v + at + kAhead);
@@ -133,37 +129,39 @@ class Propose {
           _tile_zero(3);
         }
         _tile_loadd(4, before_.hi.at(d_ * kApart), 64);
-        _tile_loadd(5, before_.lo.at(d_ * kApart), 64);
+        if (kSplit) _tile_loadd(5, before_.lo.at(d_ * kApart), 64);
         _tile_loadd(6, hi, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(0, 5, 6);
-        return;
+        if (kSplit) _tile_dpbf16ps(0, 5, 6);
+        break;
       case 1:
         _tile_loadd(7, hi + kTile, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(1, 5, 7);
-        return;
+        if (kSplit) _tile_dpbf16ps(1, 5, 7);
+        break;
       case 2:
         _tile_loadd(6, hi + 2 * kTile, 64);
         _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
-        return;
+        if (kSplit) _tile_dpbf16ps(2, 5, 6);
+        break;
       case 3:
         _tile_loadd(7, hi + 3 * kTile, 64);
         _tile_dpbf16ps(3, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-        return;
+        if (kSplit) _tile_dpbf16ps(3, 5, 7);
+        break;
       case 4:
         _tile_loadd(6, lo, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, lo + kTile, 64);
         _tile_dpbf16ps(1, 4, 7);
-        return;
+        break;
+      default:
+        _tile_loadd(6, lo + 2 * kTile, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, lo + 3 * kTile, 64);
+        _tile_dpbf16ps(3, 4, 7);
     }
-    _tile_loadd(6, lo + 2 * kTile, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(7, lo + 3 * kTile, 64);
-    _tile_dpbf16ps(3, 4, 7);
+    if (step_ < kSteps) return;
     step_ = 0;
     if (++d_ == deep(x)) sum_rows(x), d_ = 0, quad_++;
   }

@@ -28,10 +28,21 @@ void ask(const void *address) {
   _mm_prefetch(static_cast<const char *>(address), _MM_HINT_T1);
 }
 
-// hi and lo of the same numbers.
+#if defined(SAFEOPT_BF16)
+constexpr bool kSplit = false;  // a number enters a product as bf16
+#else
+constexpr bool kSplit = true;  // as the sum of two
+#endif
+
+// hi and, if numbers are split, lo of the same numbers.
 struct Halves {
-  explicit Halves(int64_t size) : hi(size), lo(size) {}
+  explicit Halves(int64_t size) : hi(size), lo(kSplit ? size : 0) {}
   Buffer<uint16_t> hi, lo;
+
+  void store(int64_t at, __m512i high, __m512i low) {
+    _mm512_store_si512(hi.at(at), high);
+    if (kSplit) _mm512_store_si512(lo.at(at), low);
+  }
 };
 
 struct Pair {
@@ -44,6 +55,7 @@ __m512 widened(__m256i bf16) {
 
 Pair split(__m512 first, __m512 second) {
   const __m512i hi = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  if (!kSplit) return {hi, hi};
   const __m512 rest = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(hi)));
   const __m512 other = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(hi, 1)));
   return {hi, (__m512i)_mm512_cvtne2ps_pbh(other, rest)};
@@ -80,9 +92,13 @@ void transpose(__m512i r[kSide]) {  // 16 x 16 words
   }
 }
 
-void store_tile(__m512i rows[kSide], uint16_t *tile) {
-  transpose(rows);
-  for (int i = 0; i < kSide; i++) _mm512_store_si512(tile + 32 * i, rows[i]);
+// Sixteen columns as a tile of each half.
+void store_tile(Pair columns[kSide], Halves &halves, int64_t at) {
+  __m512i hi[kSide], lo[kSide];
+  for (int i = 0; i < kSide; i++) hi[i] = columns[i].hi, lo[i] = columns[i].lo;
+  transpose(hi);
+  if (kSplit) transpose(lo);
+  for (int i = 0; i < kSide; i++) halves.store(at + 32 * i, hi[i], lo[i]);
 }
 
 void configure_tiles() {  // eight tiles of 16 rows of 64 bytes

@@ -26,7 +26,7 @@ struct Scalars {
 
 namespace {
 
-constexpr int64_t kFlat = 4096;  // numbers of a block of what has no matrix products
+constexpr int64_t kFlat = 16384;  // numbers of a block of what has no matrix products
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 

@@ -1,9 +1,10 @@
-// AdamW less a low-rank part, for CPUs with AVX-512 or AVX2: two passes over memory, in float32.
+// AdamW less a low-rank part, for CPUs with AVX-512 or AVX2: two passes over memory.
 //
-// Pass 1 steps 24 rows of 512 columns and multiplies their step with the right factors while it is
-// in the cache; pass 2 subtracts the low-rank part of 24 rows, some columns at a time. Meanwhile
-// memory is asked for what comes next. Every strip of rows has sums of its own, added in their
-// order afterwards: no bit depends on the number of threads.
+// Pass 1 steps 24 whole rows, so that the CPU sees one stream of memory and fetches ahead, and then
+// multiplies their step, which waits in the L2 cache, with the right factors. Pass 2 subtracts the
+// low-rank part of six rows at a time. Products are in float32, or with SAFEOPT_BF16 of bf16 numbers
+// summed in float32. Every strip of rows has sums of its own, added in their order afterwards: no bit
+// depends on the number of threads.
 //
 // Plain C functions at the end, called through ctypes: compiling this takes a second.
 
@@ -12,10 +13,17 @@
 namespace {
 
 constexpr int64_t kRows = 4 * kTall;  // of a strip
-constexpr int64_t kCols = 512;        // columns that are stepped, then multiplied
-constexpr int64_t kSoon = 16;         // columns multiplied between two looks ahead
+constexpr int64_t kCols = 2048;       // columns of a row that are stepped, then multiplied
 
 int64_t panels(int64_t size) { return blocks(size, kPanel); }
+
+// Terms of a sum, with room for zeros up to what is multiplied at a time.
+int64_t padded(int64_t terms) { return blocks(terms, kLine) * kLine; }
+
+// Where term j of number i lies, if every term has so many numbers.
+int64_t place(int64_t j, int64_t i, int64_t numbers) {
+  return (j / kDeep * numbers + i) * kDeep + j % kDeep;
+}
 
 // Of all matrices the largest f.
 template <class F>
@@ -26,23 +34,32 @@ int64_t largest(const Matrix *matrices, int64_t count, F f) {
 }
 
 // Right factors (rank, cols) as panels of factors: panel q has its factors of a column together.
-void pack_factors(const Matrix &x, int64_t q, float *panel) {
-  const int64_t first = q * kPanel, count = std::min(kPanel, x.rank - first);
-  memset(panel, 0, sizeof(float) * x.cols * kPanel);
-  for (int64_t block = 0; block < x.cols; block += kLine) {
-    const int64_t end = std::min(block + kLine, x.cols);
-    for (int64_t k = 0; k < count; k++) {
-      for (int64_t j = block; j < end; j++) panel[j * kPanel + k] = x.right[(first + k) * x.cols + j];
+void pack_factors(const Matrix &x, int64_t block, Number *packed) {
+  const int64_t first = block * kLine, end = std::min(first + kLine, x.cols);
+  for (int64_t k = 0; k < x.rank; k++) {
+    Number *panel = packed + k / kPanel * padded(x.cols) * kPanel;
+    Number terms[kLine] = {};
+    narrow(x.right + k * x.cols + first, end - first, terms);
+    for (int64_t j = 0; j < kLine; j += kDeep) {
+      memcpy(panel + place(first + j, k % kPanel, kPanel), terms + j, sizeof(Number) * kDeep);
     }
   }
 }
 
-// Right factors as panels of columns: panel q has its columns of a factor together.
-void pack_columns(const Matrix &x, int64_t q, float *panel) {
-  const int64_t first = q * kPanel, count = std::min(kPanel, x.cols - first);
-  memset(panel, 0, sizeof(float) * x.rank * kPanel);
-  for (int64_t k = 0; k < x.rank; k++) {
-    memcpy(panel + k * kPanel, x.right + k * x.cols + first, sizeof(float) * count);
+// Scaled rows of at most N numbers, those together that are multiplied at a time; zeros behind.
+template <int64_t N, class Scale>
+void weave(const float *rows, int64_t apart, int64_t count, int64_t size, Scale scale, Number *to) {
+  for (int64_t k = 0; k < count; k += kDeep, to += kDeep * N) {
+    float scaled[N];
+    Number terms[kDeep][N] = {};
+    for (int64_t d = 0; d < std::min(kDeep, count - k); d++) {
+      const float *row = rows + (k + d) * apart, factor = scale(k + d);
+      for (int64_t i = 0; i < size; i++) scaled[i] = factor * row[i];
+      narrow(scaled, size, terms[d]);
+    }
+    for (int64_t i = 0; i < N; i++) {
+      for (int64_t d = 0; d < kDeep; d++) to[i * kDeep + d] = terms[d][i];
+    }
   }
 }
 
@@ -51,66 +68,69 @@ void pack_columns(const Matrix &x, int64_t q, float *panel) {
 class Propose {
  public:
   Propose(const Scalars &scalars, int64_t most_rank)
-      : scalars_(scalars), step_(kRows * kCols), image_(panels(most_rank) * kRows * kPanel) {}
+      : scalars_(scalars),
+        exact_(std::max(kFlat, kCols)),
+        step_(kRows * kCols),
+        image_(panels(most_rank) * kRows * kPanel) {}
 
   // Step a strip of rows; sums become sum_r left_kr (s right^T)_rk for all factors, then ||s||^2.
-  void strip(const Matrix &x, int64_t number, const float *packed, double *sums) {
+  void strip(const Matrix &x, int64_t number, const Number *packed, double *sums) {
     const int64_t first = number * kRows, rows = std::min(kRows, x.rows - first);
     double squared_norm = 0;
+    for (int64_t k = 0; k < x.rank; k++) {  // wanted at the end
+      for (int64_t r = 0; r < rows; r += kLine) ask(x.left + k * x.rows + first + r);
+    }
     memset(image_.at(0), 0, sizeof(float) * panels(x.rank) * kRows * kPanel);
     for (int64_t col = 0; col < x.cols; col += kCols) {
       const int64_t cols = std::min(kCols, x.cols - col);
       for (int64_t r = 0; r < rows; r++) {
-        squared_norm += adamw(x, (first + r) * x.cols + col, cols, scalars_, step_.at(r * kCols));
+        squared_norm += adamw(x, (first + r) * x.cols + col, cols, scalars_, exact_.at(0));
+        narrow(exact_.at(0), cols, step_.at(r * kCols));
       }
-      multiply(x, first, rows, col, cols, packed);
+      multiply(x, rows, col, cols, packed);
     }
-    for (int64_t k = 0; k < x.rank; k++) sums[k] = along(x, first, rows, k);
+    for (int64_t k = 0; k < x.rank; k += kLane) {
+      along(x.left + k * x.rows + first, x.rows, rows, k, std::min<int64_t>(kLane, x.rank - k), sums + k);
+    }
     sums[x.rank] = squared_norm;
   }
 
   // The same of some numbers of a vector, or of a matrix without factors.
   void flat(const Matrix &x, int64_t number, double *sums) {
     const int64_t first = number * kFlat, size = std::min(kFlat, x.rows * x.cols - first);
-    sums[x.rank] = adamw(x, first, size, scalars_, step_.at(0));
+    sums[x.rank] = adamw(x, first, size, scalars_, exact_.at(0));
     for (int64_t k = 0; k < x.rank; k++) {
-      sums[k] = double(dot(x.right + k * x.cols + first, step_.at(0), size)) * x.left[k];
+      sums[k] = double(dot(x.right + k * x.cols + first, exact_.at(0), size)) * x.left[k];
     }
   }
 
  private:
-  void multiply(const Matrix &x, int64_t first, int64_t rows, int64_t col, int64_t cols,
-                const float *packed) {
-    const int64_t groups = blocks(rows, kTall);
-    const bool is_last = col + cols == x.cols;  // then this thread's next strip is likely
-    const int64_t row = is_last ? first + omp_get_num_threads() * kRows : first;
-    const int64_t next = is_last ? 0 : col + kCols;
-    Ahead ahead(x, row, std::min(kRows, x.rows - row), next, std::min(kCols, x.cols - next), true);
-    const int64_t share = blocks(ahead.left(), panels(x.rank) * groups * blocks(cols, kSoon));
+  void multiply(const Matrix &x, int64_t rows, int64_t col, int64_t cols, const Number *packed) {
     for (int64_t q = 0; q < panels(x.rank); q++) {
-      const float *panel = packed + (q * x.cols + col) * kPanel;
-      for (int64_t group = 0; group < groups; group++) {
-        float *image = image_.at((q * kRows + group * kTall) * kPanel);
+      const Number *panel = packed + (q * padded(x.cols) + col) * kPanel;
+      for (int64_t r = 0; r < rows; r += kTall) {
+        float *image = image_.at((q * kRows + r) * kPanel);
         Sums sums = Sums::of(image);
-        for (int64_t j = 0; j < cols; j += kSoon) {
-          ahead.ask_for(share);
-          sums.add(step_.at(group * kTall * kCols + j), kCols, 1, panel + j * kPanel,
-                   std::min(kSoon, cols - j));
-        }
+        sums.add(step_.at(r * kCols), kCols, kDeep, panel, cols);
         sums.keep(image);
       }
     }
   }
 
-  double along(const Matrix &x, int64_t first, int64_t rows, int64_t k) {
+  // sum_r left_kr image_rk of some factors, side by side.
+  void along(const float *left, int64_t apart, int64_t rows, int64_t k, int64_t count, double *sums) {
     const float *image = image_.at(k / kPanel * kRows * kPanel + k % kPanel);
-    double sum = 0;
-    for (int64_t r = 0; r < rows; r++) sum += double(x.left[k * x.rows + first + r]) * image[r * kPanel];
-    return sum;
+    double sum[kLane] = {};
+    for (int64_t r = 0; r < rows; r++) {
+      for (int64_t i = 0; i < count; i++) sum[i] += double(left[i * apart + r]) * image[r * kPanel + i];
+    }
+    memcpy(sums, sum, sizeof(double) * count);
   }
 
   const Scalars &scalars_;
-  Buffer<float> step_, image_;  // (kRows, kCols); for every panel (kRows, kPanel)
+  Buffer<float> exact_;  // a row of the step
+  Buffer<Number> step_;  // (kRows, kCols)
+  Buffer<float> image_;  // for every panel (kRows, kPanel)
 };
 
 // -- pass 2 ------------------------------------------------------------------------------------
@@ -118,26 +138,18 @@ class Propose {
 class Apply {
  public:
   Apply(const float *weights, int64_t anchors, int64_t most_rank)
-      : weights_(weights), anchors_(anchors), left_(most_rank * kRows) {}
+      : weights_(weights), anchors_(anchors), left_(padded(most_rank) * kRows) {}
 
   // Subtract the low-rank part of a strip of rows.
-  void strip(const Matrix &x, int64_t number, const float *packed) {
+  void strip(const Matrix &x, int64_t number, const Number *packed) {
     const int64_t first = number * kRows, rows = std::min(kRows, x.rows - first);
-    for (int64_t k = 0; k < x.rank; k++) {
-      for (int64_t r = 0; r < rows; r++) {
-        *left_.at(k * kRows + r) = -weight(x, k) * x.left[k * x.rows + first + r];
-      }
-    }
-    for (int64_t q = 0; q < panels(x.cols); q++) {
-      const int64_t next = (q + 2) * kPanel;
-      Ahead ahead(x, first, rows, next, std::min(kPanel, x.cols - next), false);
-      for (int64_t r = 0; r < rows; r += kTall) {
+    const auto scale = [&](int64_t k) { return -weight(x, k); };
+    weave<kRows>(x.left + first, x.rows, x.rank, rows, scale, left_.at(0));
+    for (int64_t r = 0; r < rows; r += kTall) {
+      for (int64_t q = 0; q < panels(x.cols); q++) {
         Sums change;
-        for (int64_t k = 0; k < x.rank; k += kSoon) {
-          ahead.ask_for(blocks(kTall * kPanel / kLine, blocks(x.rank, kSoon)));
-          change.add(left_.at(k * kRows + r), 1, kRows, packed + (q * x.rank + k) * kPanel,
-                     std::min(kSoon, x.rank - k));
-        }
+        change.add(left_.at(r * kDeep), kDeep, kDeep * kRows, packed + q * padded(x.rank) * kPanel,
+                   x.rank);
         add(change, x, first + r, std::min(kTall, rows - r), q * kPanel);
       }
     }
@@ -172,7 +184,7 @@ class Apply {
 
   const float *weights_;
   int64_t anchors_;
-  Buffer<float> left_;  // -a_k left_k of a strip, (rank, kRows)
+  Buffer<Number> left_;  // -a_k left_k of a strip, (rank, kRows)
 };
 
 }  // namespace
@@ -189,8 +201,8 @@ void propose(const Matrix *matrices, int64_t count, int64_t anchors, const Scala
   };
   const int64_t rank = largest(matrices, count, [](const Matrix &x) { return x.rank; });
   Buffer<double> sums(largest(matrices, count, pieces) * (rank + 1));
-  Buffer<float> packed(largest(matrices, count, [](const Matrix &x) {
-    return is_flat(x) ? 0 : panels(x.rank) * x.cols * kPanel;
+  Buffer<Number> packed(largest(matrices, count, [](const Matrix &x) {
+    return is_flat(x) ? 0 : panels(x.rank) * padded(x.cols) * kPanel;
   }));
 #pragma omp parallel num_threads(threads)
   {
@@ -199,9 +211,7 @@ void propose(const Matrix *matrices, int64_t count, int64_t anchors, const Scala
       const int64_t width = x->rank + 1;
       if (!is_flat(*x)) {
 #pragma omp for
-        for (int64_t q = 0; q < panels(x->rank); q++) {
-          pack_factors(*x, q, packed.at(q * x->cols * kPanel));
-        }
+        for (int64_t i = 0; i < blocks(x->cols, kLine); i++) pack_factors(*x, i, packed.at(0));
       }
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < pieces(*x); i++) {
@@ -222,8 +232,8 @@ void propose(const Matrix *matrices, int64_t count, int64_t anchors, const Scala
 void apply(const Matrix *matrices, int64_t count, int64_t anchors, const float *weights,
            int threads) {
   const int64_t rank = largest(matrices, count, [](const Matrix &x) { return x.rank; });
-  Buffer<float> packed(largest(matrices, count, [](const Matrix &x) {
-    return is_flat(x) ? 0 : panels(x.cols) * x.rank * kPanel;
+  Buffer<Number> packed(largest(matrices, count, [](const Matrix &x) {
+    return is_flat(x) ? 0 : panels(x.cols) * padded(x.rank) * kPanel;
   }));
 #pragma omp parallel num_threads(threads)
   {
@@ -234,7 +244,8 @@ void apply(const Matrix *matrices, int64_t count, int64_t anchors, const float *
       if (!is_flat(*x)) {
 #pragma omp for
         for (int64_t q = 0; q < panels(x->cols); q++) {
-          pack_columns(*x, q, packed.at(q * x->rank * kPanel));
+          weave<kPanel>(x->right + q * kPanel, x->cols, x->rank, std::min(kPanel, x->cols - q * kPanel),
+                        [](int64_t) { return 1.0f; }, packed.at(q * padded(x->rank) * kPanel));
         }
       }
 #pragma omp for schedule(dynamic)

@@ -1,6 +1,7 @@
 // What registers do with runs of numbers, and with six rows of a product.
 #pragma once
 
+#include <immintrin.h>
 #include <math.h>
 #include <omp.h>
 
@@ -27,31 +28,36 @@ Vector load(const float *from) {
 
 void store(float *to, Vector x) { memcpy(to, &x, sizeof x); }
 
-void ask(const float *address) { __builtin_prefetch(address, 0, 2); }
+// How numbers go into products: as they are, or in bf16, two terms of a sum at a time.
+#if defined(SAFEOPT_BF16)
+typedef uint16_t Number;
+constexpr int64_t kDeep = 2;  // terms at a time
 
-// Lines of the rows of a matrix that are wanted soon, asked for a few at a time.
-class Ahead {
- public:
-  Ahead(const Matrix &x, int64_t row, int64_t rows, int64_t col, int64_t cols, bool moments)
-      : x_(x), at_(row * x.cols + col), lines_(blocks(std::max<int64_t>(cols, 0), kLine)),
-        left_(lines_ * std::max<int64_t>(rows, 0)), moments_(moments) {}
-
-  int64_t left() const { return left_; }
-
-  void ask_for(int64_t lines) {
-    for (lines = std::min(lines, left_), left_ -= lines; lines > 0; lines--) {
-      const int64_t at = at_ + line_ * kLine;
-      ask(x_.p + at);
-      if (moments_) ask(x_.g + at), ask(x_.m + at), ask(x_.v + at);
-      if (++line_ == lines_) line_ = 0, at_ += x_.cols;
-    }
+void narrow(const float *from, int64_t size, Number *to) {
+  for (int64_t i = 0; i < size; i += kLane) {
+    const int64_t left = std::min(size - i, int64_t(kLane));
+    const __m512 x = _mm512_maskz_loadu_ps((1u << left) - 1, from + i);
+    _mm256_mask_storeu_epi16(to + i, (1u << (left + left % 2)) - 1, (__m256i)_mm512_cvtneps_pbh(x));
   }
+}
 
- private:
-  const Matrix &x_;
-  int64_t at_, line_ = 0, lines_, left_;
-  bool moments_;
-};
+// sum + a_0 b_0 + a_1 b_1, a number (pair) times a vector (of pairs).
+Vector plus(Vector sum, const Number *a, const Number *b) {
+  int pair;
+  memcpy(&pair, a, sizeof pair);
+  const __m512bh many = (__m512bh)_mm512_loadu_si512(b);
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), many);
+}
+#else
+typedef float Number;
+constexpr int64_t kDeep = 1;
+
+void narrow(const float *from, int64_t size, Number *to) { memcpy(to, from, sizeof(float) * size); }
+
+Vector plus(Vector sum, const Number *a, const Number *b) { return sum + *a * load(b); }
+#endif
+
+void ask(const float *address) { __builtin_prefetch(address, 0, 2); }
 
 // Six rows of a panel's width, in registers.
 struct Sums {
@@ -71,13 +77,13 @@ struct Sums {
     }
   }
 
-  // Add sum_j a_rj panel_j, j < depth, where a_rj lies at a + r * row + j * col.
-  void add(const float *a, int64_t row, int64_t col, const float *panel, int64_t depth) {
-    for (int64_t j = 0; j < depth; j++, a += col, panel += kPanel) {
-      Vector b[kWide];
-      for (int w = 0; w < kWide; w++) b[w] = load(panel + w * kLane);
+  // Add sum_j a_rj panel_j, j < depth, where the next kDeep a_rj lie at a + r * row + j / kDeep * col.
+  void add(const Number *a, int64_t row, int64_t col, const Number *panel, int64_t depth) {
+    for (int64_t j = 0; j < depth; j += kDeep, a += col, panel += kDeep * kPanel) {
       for (int64_t r = 0; r < kTall; r++) {
-        for (int w = 0; w < kWide; w++) at[r][w] += a[r * row] * b[w];
+        for (int w = 0; w < kWide; w++) {
+          at[r][w] = plus(at[r][w], a + r * row, panel + w * kDeep * kLane);
+        }
       }
     }
   }
