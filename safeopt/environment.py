@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("safeopt-llm", "torch", "triton", "transformers", "accelerate", "peft", "safetensors")
+_KIND = {"family": "cpu family", "model": "model"}  # in /proc/cpuinfo
 
 
 def environment() -> dict[str, Any]:
@@ -60,10 +61,13 @@ def _version(distribution: str) -> str | None:
 
 
 def _processor() -> str:
-    # platform.processor() is empty or just "x86_64" on Linux.
+    # platform.processor() is empty or just "x86_64" on Linux; and a virtual machine may keep to
+    # itself more of the name than the maker, so that family and model have to tell.
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    known = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = known.get("model name") or platform.processor()
+    kind = [f"{key} {known[field]}" for key, field in _KIND.items() if field in known]
+    return f"{name} ({', '.join(kind)})" if kind else name

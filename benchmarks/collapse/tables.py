@@ -27,7 +27,7 @@ Facts = Mapping[str, Any]
 def table(plan: SuitePlan, results: Sequence[Facts], *groups: str) -> str:
     """Groups of variants: a row each, per task the plan's columns over the seeds.
 
-    Behind them the median CPU time over AdamW's of the same task, seed, day and processor, and
+    Behind them the median CPU time over AdamW's of the same task, seed, occasion and processor, and
     anchor rows of a run. A cell holds the mean and, behind it, the smallest and largest seed when
     they differ.
     Variants that have not been run, or whose settings have changed since, have no row; tasks that

@@ -79,10 +79,10 @@ def test_table_is_made_from_result_files(plan_folder: Path, tmp_path: Path) -> N
     ]
 
 
-def test_times_of_different_days_or_processors_are_not_compared() -> None:
-    adamw = {"cpu_seconds": 2.0, "date": "2026-01-01T23:00:00", "processor": "A"}
-    same = {"cpu_seconds": 3.0, "date": "2026-01-01T01:00:00", "processor": "A"}
-    later, other = same | {"date": "2026-01-02T01:00:00"}, same | {"processor": "B"}
+def test_times_of_different_occasions_or_processors_are_not_compared() -> None:
+    adamw = {"cpu_seconds": 2.0, "date": "2026-01-01T23:00:00+00:00", "processor": "A"}
+    same = {"cpu_seconds": 3.0, "date": "2026-01-02T00:59:00+00:00", "processor": "A"}
+    later, other = same | {"date": "2026-01-02T01:01:00+00:00"}, same | {"processor": "B"}
     untimed = {"date": adamw["date"], "processor": "A"}
     pairs = [(run, adamw) for run in (same, later, other, untimed)]
     assert time_ratios(pairs) == [1.5]
