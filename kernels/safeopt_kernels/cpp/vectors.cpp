@@ -20,11 +20,6 @@ int64_t panels(int64_t size) { return blocks(size, kPanel); }
 // Terms of a sum, with room for zeros up to what is multiplied at a time.
 int64_t padded(int64_t terms) { return blocks(terms, kLine) * kLine; }
 
-// Where term j of number i lies, if every term has so many numbers.
-int64_t place(int64_t j, int64_t i, int64_t numbers) {
-  return (j / kDeep * numbers + i) * kDeep + j % kDeep;
-}
-
 // Of all matrices the largest f.
 template <class F>
 int64_t largest(const Matrix *matrices, int64_t count, F f) {
@@ -41,7 +36,8 @@ void pack_factors(const Matrix &x, int64_t block, Number *packed) {
     Number terms[kLine] = {};
     narrow(x.right + k * x.cols + first, end - first, terms);
     for (int64_t j = 0; j < kLine; j += kDeep) {
-      memcpy(panel + place(first + j, k % kPanel, kPanel), terms + j, sizeof(Number) * kDeep);
+      const int64_t at = (first + j) * kPanel + k % kPanel * kDeep;
+      memcpy(panel + at, terms + j, sizeof(Number) * kDeep);
     }
   }
 }

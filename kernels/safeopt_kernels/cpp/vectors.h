@@ -3,7 +3,6 @@
 
 #include <immintrin.h>
 #include <math.h>
-#include <omp.h>
 
 #include "matrices.h"
 
