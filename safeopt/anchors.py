@@ -14,6 +14,7 @@ from safeopt.files import read_jsonl
 
 Kind = Literal["refuse", "comply"]
 IGNORED = -100
+_NONE = "no anchors: pass at least one example (16 to 512 are usual)"
 
 
 class ChatTokenizer(Protocol):
@@ -126,7 +127,7 @@ class Anchors:
                 f"{len(input_ids)}, {len(labels)} and {len(chosen)}"
             )
         if not input_ids:
-            raise ValueError("no anchors: pass at least one example (16 to 512 are usual)")
+            raise ValueError(_NONE)
         ids = tuple(torch.as_tensor(row, dtype=torch.int64) for row in input_ids)
         targets = tuple(torch.as_tensor(row, dtype=torch.int64) for row in labels)
         for i, (row, target, kind) in enumerate(zip(ids, targets, chosen, strict=True)):
@@ -258,8 +259,11 @@ def check_fits(model: nn.Module, anchors: Anchors) -> None:
     """Raise if token ids or lengths do not fit the model: another tokenizer made the anchors.
 
     Raises:
-        ValueError: a token id outside the vocabulary, or an anchor longer than the context.
+        ValueError: no anchors, a token id outside the vocabulary, or an anchor longer than the
+            context.
     """
+    if not len(anchors):
+        raise ValueError(_NONE)
     config = getattr(model, "config", None)
     embed = getattr(model, "get_input_embeddings", None)
     table = embed() if callable(embed) else None

@@ -29,8 +29,11 @@ class Calibration:
         at_once: anchors in one forward pass.
         ranks: the processes that train the model; all of them keep the first one's thresholds.
 
+    Attributes:
+        budget: as given.
+        at_once: as given.
+
     Raises:
-        ValueError: ``reference`` is neither.
         FloatingPointError: an anchor loss is not finite.
     """
 
@@ -43,12 +46,10 @@ class Calibration:
         at_once: int,
         ranks: Ranks,
     ) -> None:
-        if reference not in ("nll", "kl"):
-            raise ValueError(f'reference must be "nll" or "kl", got {reference!r}')
         self._model = model
         self._anchors = anchors
         self._reference = reference
-        self._budget, self._at_once, self._ranks = budget, at_once, ranks
+        self.budget, self.at_once, self._ranks = budget, at_once, ranks
         self.renew()
 
     def renew(self) -> None:
@@ -58,7 +59,7 @@ class Calibration:
             FloatingPointError: an anchor loss is not finite.
         """
         self._aligned: list[ReplyDistribution] = []
-        indices, at_once = range(len(self._anchors)), self._at_once
+        indices, at_once = range(len(self._anchors)), self.at_once
         if self._reference == "kl":
             for start in indices[::at_once]:
                 batch = self.batch(indices[start : start + at_once])
@@ -66,7 +67,7 @@ class Calibration:
                     logits = logits_of(self._model, batch)
                     self._aligned += reply_distributions(logits, batch.labels)
         losses = [self.measure(indices[start : start + at_once]) for start in indices[::at_once]]
-        self.thresholds = self._ranks.same(torch.cat(losses).cpu()) + self._budget
+        self.thresholds = self._ranks.same(torch.cat(losses).cpu()) + self.budget
 
     def batch(self, indices: Sequence[int]) -> AnchorBatch:
         """The anchors at ``indices``, padded together, on the model's device."""

@@ -37,16 +37,7 @@ from safeopt.layouts import refuse_flattened
 from safeopt.passport.guard import PassportGuard
 from safeopt.sampling import AnchorSampler
 from safeopt.schedule import RefreshSchedule
-
-_POSITIVE_SETTINGS = (
-    "refresh_every",
-    "anchors_per_refresh",
-    "rank",
-    "compression_rank",
-    "damping",
-    "eigenvalue_floor",
-    "step_limit",
-)
+from safeopt.settings import check_settings
 
 
 class Guard:
@@ -127,26 +118,19 @@ class Guard:
         seed: int = 0,
         process_group: ProcessGroup | None = None,
     ) -> None:
+        check_settings(locals())
         self.model = unwrapped(model)
         self._process_group = process_group or process_group_of(model)
         self.anchors = anchors
-        self.budget = budget
-        self.refresh_every = refresh_every
-        self.rank = rank
-        self.compression_rank = compression_rank
+        self.rank, self.compression_rank = rank, compression_rank
         self.eigenvalue_floor = eigenvalue_floor
-        self.damping = damping
-        self.retraction_cap = retraction_cap
+        self.damping, self.retraction_cap = damping, retraction_cap
         self.momentum_orthogonal = momentum_orthogonal
         self.step_limit = step_limit
-        self.tangent = tangent
-        self.retraction = retraction
-        self.transport = transport
-        self.anchors_per_refresh = anchors_per_refresh
-        self._check_settings()
+        self.tangent, self.retraction, self.transport = tangent, retraction, transport
+        check_fits(self.model, anchors)
         self._schedule = RefreshSchedule(refresh_every, refresh_within, budget)
         self._sampler = AnchorSampler(anchors.kinds, anchors_per_refresh, seed)
-        check_fits(self.model, anchors)
         self._may_ignore = uncovered == "ignore"
         prepare(self.model, uncovered)
         self._coverage()
@@ -165,15 +149,6 @@ class Guard:
 
     # -- construction ----------------------------------------------------------------------
 
-    def _check_settings(self) -> None:
-        for name in _POSITIVE_SETTINGS:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be greater than 0, got {value}")
-        if self.retraction_cap < 0 or not math.isfinite(self.budget):
-            given = f"{self.retraction_cap}, {self.budget}"
-            raise ValueError(f"retraction_cap must be >= 0 and budget finite, got {given}")
-
     def _coverage(self, names: frozenset[str] | None = None) -> Coverage:
         """The rules for what trains now: adapters and wrappers may have come after the guard."""
         refuse_flattened(self.model)
@@ -186,6 +161,23 @@ class Guard:
         """Measure tau again unless a refresh has used it: a host has set up mixed precision."""
         if self._frame is None:
             self._calibration.renew()
+
+    # Settings that are spent at construction; the others may be changed while training.
+
+    @property
+    def budget(self) -> float:
+        """How far an anchor's loss may rise above the aligned model's, nats per token."""
+        return self._calibration.budget
+
+    @property
+    def refresh_every(self) -> int:
+        """p, optimizer steps between two refreshes, at least."""
+        return self._schedule.shortest
+
+    @property
+    def anchors_per_refresh(self) -> int:
+        """N, anchors looked at in one refresh."""
+        return self._calibration.at_once
 
     # -- refresh ---------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ class RefreshSchedule:
         target: mean violation that is small enough, nats; used by the adaptive schedule.
 
     Attributes:
+        shortest: as given.
         period: steps of the last period that ended.
         age: steps since the last refresh.
         refreshes: their number.
@@ -43,7 +44,7 @@ class RefreshSchedule:
                 f"refresh_within needs a budget above 0 to aim at, got {target}; raise budget or "
                 "leave refresh_within out"
             )
-        self._shortest, self._longest, self._target = shortest, longest, target
+        self.shortest, self._longest, self._target = shortest, longest, target
         self.period = shortest
         self.age = 0
         self.refreshes = 0
@@ -54,8 +55,8 @@ class RefreshSchedule:
     @property
     def is_due(self) -> bool:
         """True when a refresh has to come before the next step."""
-        if self._longest is None or self.age < self._shortest:
-            return self.age >= self._shortest
+        if self._longest is None or self.age < self.shortest:
+            return self.age >= self.shortest
         return self.age >= self._longest or self._path + self._last_step > self._reach
 
     def advance(self, step_norm: float) -> None:

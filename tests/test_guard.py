@@ -207,11 +207,34 @@ def test_parameters_of_another_model_added_later() -> None:
         {"retraction_cap": -1.0},
         {"budget": float("nan")},
         {"reference": "mse"},
+        {"uncovered": "eror"},
+        {"eigenvalue_floor": 2.0},
+        {"retraction_cap": float("nan")},
+        {"damping": float("inf")},
+        {"step_limit": "none"},
+        {"rank": 2.0},
+        {"seed": None},
+        {"transport": "false"},
+        {"tangent": None},
     ],
 )
 def test_settings_out_of_range(setting: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(setting))):
+    with pytest.raises(ValueError, match=f"^{next(iter(setting))} must be "):
         safeopt.Guard(llama(), random_anchors(), **setting)
+
+
+def test_no_anchors() -> None:
+    with pytest.raises(ValueError, match="no anchors: pass at least one"):
+        safeopt.Guard(llama(), random_anchors().first(0))
+
+
+def test_settings_that_a_change_would_not_reach_are_read_only() -> None:
+    guard = safeopt.Guard(llama(), random_anchors(), budget=0.1, refresh_every=3)
+    expected = {"budget": 0.1, "refresh_every": 3, "anchors_per_refresh": 8}
+    for name, value in expected.items():
+        with pytest.raises(AttributeError):
+            setattr(guard, name, 1)
+        assert getattr(guard, name) == value
 
 
 # -- schedule, thresholds, telemetry, state -------------------------------------------------------

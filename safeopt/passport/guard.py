@@ -16,6 +16,7 @@ from safeopt.geometry.blocks import squared_norm
 from safeopt.geometry.coverage import Uncovered, device_of, freeze, prepare, unwrapped
 from safeopt.geometry.subspace import Pieces, removed_by
 from safeopt.passport.file import Passport, PassportError
+from safeopt.settings import check_settings
 
 _SHOWN = 3  # differences named in full
 
@@ -38,7 +39,8 @@ class PassportGuard:
         digest: digest of the passport, for checkpoints.
 
     Raises:
-        ValueError: parameters that are not covered, or an adapter that has trained already.
+        ValueError: parameters that are not covered, an unknown ``uncovered``, or an adapter that
+            has trained already.
     """
 
     brake = 1.0
@@ -51,6 +53,7 @@ class PassportGuard:
         uncovered: Uncovered = "error",
         digest: str = "",
     ) -> None:
+        check_settings({"uncovered": uncovered})
         self.model = unwrapped(model)
         prepare(self.model)
         bound = bind(self.model, pieces)

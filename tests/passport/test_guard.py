@@ -137,6 +137,8 @@ def test_unknown_parameters_are_named_ignored_or_frozen() -> None:
     pieces = dict(InputSubspace.measure(model, few_anchors(), hold_small=False).pieces())
     with pytest.raises(ValueError, match=r"model\.norm\.weight.*uncovered='freeze'"):
         PassportGuard(model, pieces)
+    with pytest.raises(ValueError, match="uncovered must be one of"):
+        PassportGuard(model, pieces, uncovered="Freeze")  # type: ignore[arg-type]
     PassportGuard(model, pieces, uncovered="ignore")
     assert all(p.requires_grad for p in model.parameters())
     PassportGuard(model, pieces, uncovered="freeze")
