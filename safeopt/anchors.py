@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +171,13 @@ class Anchors:
             attention_mask=pad([torch.ones_like(row) for row in ids], batch_first=True),
             labels=pad([self.labels[i] for i in chosen], batch_first=True, padding_value=IGNORED),
         )
+
+    def digest(self) -> str:
+        """SHA-256 of the anchors' tokens, labels and kinds, in order."""
+        digest = hashlib.sha256()
+        for ids, labels, kind in zip(self.input_ids, self.labels, self.kinds, strict=True):
+            digest.update(json.dumps([ids.tolist(), labels.tolist(), kind]).encode())
+        return digest.hexdigest()
 
     @classmethod
     def _from_located_rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -98,24 +98,42 @@ class Calibration:
         return (losses - thresholds).clamp(min=0).double()
 
     def state_dict(self) -> dict[str, Any]:
-        """Thresholds and, for "kl", the aligned model's reply distributions."""
+        """Thresholds and what they are of; for "kl" the aligned model's reply distributions too."""
         aligned = {
             str(i): {"tokens": a.tokens, "log_probs": a.log_probs}
             for i, a in enumerate(self._aligned)
         }
-        return {"thresholds": self.thresholds.clone(), "aligned": aligned}
+        return {
+            "anchors": self._anchors.digest(),
+            "reference": self._reference,
+            "thresholds": self.thresholds.clone(),
+            "aligned": aligned,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` holds; the anchors must be the same.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise if a state is of other anchors or of another anchor loss.
+
+        Older versions wrote no digest of the anchors; of theirs the number is compared.
 
         Raises:
-            ValueError: the state belongs to another number of anchors.
+            ValueError: says what to build the guard with.
         """
-        if len(state["thresholds"]) != len(self._anchors):
+        count, own = len(state["thresholds"]), self._anchors.digest()
+        if count != len(self._anchors) or state.get("anchors", own) != own:
+            others = "others" if count == len(self._anchors) else f"{len(self._anchors)}"
             raise ValueError(
-                f"this guard state was made with {len(state['thresholds'])} anchors, the guard "
-                f"has {len(self._anchors)}; build it from the same anchors file"
+                f"this guard state was made with {count} anchors, the guard has {others}; build it "
+                "from the same anchors file, by the same tokenizer"
             )
+        reference = state.get("reference", "kl" if state["aligned"] else "nll")
+        if reference != self._reference:
+            raise ValueError(
+                f'this guard state was made with reference="{reference}", the guard has '
+                f'"{self._reference}"; build it with reference="{reference}"'
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that `check_state` lets pass."""
         self.thresholds = state["thresholds"].clone()
         self._aligned = [
             ReplyDistribution(a["tokens"], a["log_probs"]) for a in state["aligned"].values()

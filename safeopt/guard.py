@@ -38,6 +38,7 @@ from safeopt.passport.guard import PassportGuard
 from safeopt.sampling import AnchorSampler
 from safeopt.schedule import RefreshSchedule
 from safeopt.settings import check_settings
+from safeopt.state import check_whole
 
 
 class Guard:
@@ -361,30 +362,36 @@ class Guard:
         all of them.
         """
         frame = self._frame
+        # A tuple is one leaf to torch.distributed.checkpoint, which otherwise loads tensors
+        # into those that are there already; before the first refresh there are none.
+        whole = frame and frame.state_dict(self.ranks, self._parameters())
+        return self._state_without_frame() | {"frame": (whole,)}
+
+    def _state_without_frame(self) -> dict[str, Any]:
         return {
             "calibration": self._calibration.state_dict(),
             "schedule": self._schedule.state_dict(),
             "longest_step": self._longest_step,
             "brake": self.brake,
             "sampler": self._sampler.state_dict(),
-            # A tuple is one leaf to torch.distributed.checkpoint, which otherwise loads tensors
-            # into those that are there already; before the first refresh there are none.
             "violation": (self.violation,),
-            "frame": (frame and frame.state_dict(self.ranks, self._parameters()),),
             "metrics": (dict(self._metrics),),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; the anchors must be the same.
+        """Continue where `state_dict` was taken; anchors and reference must be the same.
 
         Raises:
-            ValueError: the state belongs to another number of anchors.
+            ValueError: the state lacks something, or is of other anchors, of another reference
+                or of a passport's guard. Nothing has been taken over.
         """
+        check_whole(state, self._state_without_frame() | {"frame": ()})
+        self._calibration.check_state(state["calibration"])
+        device, (violation,), (frame,) = device_of(self.model), state["violation"], state["frame"]
+        self._frame = frame and Frame.from_state_dict(frame, self._kept, device)
         self._calibration.load_state_dict(state["calibration"])
         self._sampler.load_state_dict(state["sampler"])
         self._schedule.load_state_dict(state["schedule"])
         self._longest_step, self.brake = state["longest_step"], state["brake"]
-        device, (violation,), (frame,) = device_of(self.model), state["violation"], state["frame"]
         self.violation = violation.to(device)
-        self._frame = frame and Frame.from_state_dict(frame, self._kept, device)
         self._metrics = dict(state["metrics"][0])

@@ -23,6 +23,8 @@ from tests.zoo import (
     trainable,
 )
 
+OWN = random_anchors(4)
+
 
 class Uncoverable(nn.Module):
     """A model with a raw parameter that no rule covers."""
@@ -47,6 +49,9 @@ def assert_untouched(before: Any, after: Any) -> None:
         assert before.keys() == after.keys()
         for key in before:
             assert_untouched(before[key], after[key])
+    elif isinstance(before, tuple):
+        for one, other in zip(before, after, strict=True):
+            assert_untouched(one, other)
     elif isinstance(before, torch.Tensor):
         assert torch.equal(before, after)
     else:
@@ -362,11 +367,52 @@ def test_resume_is_bit_exact_across_a_refresh(tmp_path: Any, stop: int, referenc
     assert_untouched(dict(model.state_dict()), dict(resumed.state_dict()))
 
 
-def test_state_of_other_anchors_is_refused() -> None:
-    guard = safeopt.Guard(llama(), random_anchors(4))
-    state = safeopt.Guard(llama(), random_anchors(5)).state_dict()
-    with pytest.raises(ValueError, match=r"made with 5 anchors, the guard has 4"):
-        guard.load_state_dict(state)
+def refreshed_state(anchors: safeopt.Anchors, **options: Any) -> dict[str, Any]:
+    guard = safeopt.Guard(llama(), anchors, **options)
+    guard.refresh()
+    return guard.state_dict()
+
+
+def without(state: dict[str, Any], part: str, *keys: str) -> dict[str, Any]:
+    return {**state, part: {k: v for k, v in state[part].items() if k not in keys}}
+
+
+@pytest.mark.parametrize(
+    ("state", "complaint"),
+    [
+        (lambda: refreshed_state(random_anchors(5)), "made with 5 anchors, the guard has 4"),
+        (lambda: refreshed_state(random_anchors(4)), "4 anchors, the guard has others; build it"),
+        (lambda: refreshed_state(OWN, reference="kl"), 'build it with reference="kl"'),
+        (lambda: {"passport": "abc"}, r"Guard\.from_passport"),
+        (lambda: without(refreshed_state(OWN), "sampler", "queues"), r"lacks sampler\.queues;"),
+        (lambda: {"calibration": refreshed_state(OWN)["calibration"]}, "lacks schedule, "),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(
+    state: Callable[[], dict[str, Any]], complaint: str
+) -> None:
+    guard = safeopt.Guard(llama(), OWN)
+    before = guard.state_dict()
+    with pytest.raises(ValueError, match=complaint):
+        guard.load_state_dict(state())
+    assert_untouched(before, guard.state_dict())
+
+
+def test_a_state_of_nll_is_none_of_kl() -> None:
+    with pytest.raises(ValueError, match='build it with reference="nll"'):
+        safeopt.Guard(llama(), OWN, reference="kl").load_state_dict(refreshed_state(OWN))
+
+
+@pytest.mark.parametrize("reference", ["nll", "kl"])
+def test_states_without_a_digest_still_load(reference: Any) -> None:
+    state = refreshed_state(random_anchors(4), reference=reference)
+    old = without(state, "calibration", "anchors", "reference")
+    guard = safeopt.Guard(llama(), OWN, reference=reference)
+    guard.load_state_dict(old)
+    assert_untouched(old, without(guard.state_dict(), "calibration", "anchors", "reference"))
+    other = safeopt.Guard(llama(), OWN, reference="kl" if reference == "nll" else "nll")
+    with pytest.raises(ValueError, match=f'build it with reference="{reference}"'):
+        other.load_state_dict(old)
 
 
 # -- the brake ------------------------------------------------------------------------------------

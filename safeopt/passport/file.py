@@ -18,12 +18,7 @@ from safeopt.geometry.certificate import certify_held_out
 from safeopt.geometry.coverage import find_coverage, unwrapped
 from safeopt.geometry.input_subspace import InputSubspace
 from safeopt.geometry.kronecker_subspace import KroneckerSubspace
-from safeopt.passport.fingerprints import (
-    anchors_digest,
-    tensors_digest,
-    tokenizer_digests,
-    weight_digests,
-)
+from safeopt.passport.fingerprints import tensors_digest, tokenizer_digests, weight_digests
 
 SCHEMA = 1
 FORMAT = "safeopt-passport"
@@ -107,7 +102,7 @@ class Passport:
             "model": {"name": model_name, "parameters": weight_digests(model)},
             "tokenizer": None if tokenizer is None else tokenizer_digests(tokenizer),
             "anchors": {
-                "digest": anchors_digest(anchors),
+                "digest": anchors.digest(),
                 "refuse": anchors.kinds.count("refuse"),
                 "comply": anchors.kinds.count("comply"),
             },

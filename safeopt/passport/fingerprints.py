@@ -1,4 +1,4 @@
-"""Digests of models, tokenizers and anchors: enough to tell whether two are the same."""
+"""Digests of models, tokenizers and tensors: enough to tell whether two are the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safeopt.anchors import Anchors
 from safeopt.distributed import is_dtensor
 from safeopt.geometry.adapters import base_name
 
@@ -46,14 +45,6 @@ def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
         "vocabulary": _text_digest(vocabulary),
         "chat_template": _text_digest(json.dumps(template, sort_keys=True)),
     }
-
-
-def anchors_digest(anchors: Anchors) -> str:
-    """Digest of the anchors' tokens, labels and kinds, in order."""
-    digest = hashlib.sha256()
-    for ids, labels, kind in zip(anchors.input_ids, anchors.labels, anchors.kinds, strict=True):
-        digest.update(json.dumps([ids.tolist(), labels.tolist(), kind]).encode())
-    return digest.hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], parts: Iterable[str]) -> str:

@@ -139,8 +139,13 @@ class PassportGuard:
         """Check that the checkpoint was made under this passport.
 
         Raises:
-            ValueError: it was made under another one.
+            ValueError: it was made under another one, or under none.
         """
+        if "passport" not in state:
+            raise ValueError(
+                "this is no state of a guard from a passport; if a Guard with anchors made it, "
+                "build one from the same anchors"
+            )
         if state["passport"] != self._digest:
             raise ValueError(
                 f"this checkpoint was made under the passport {state['passport']}, the guard "

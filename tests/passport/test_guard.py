@@ -163,5 +163,7 @@ def test_checkpoint_of_another_passport_is_refused() -> None:
     pieces = InputSubspace.measure(model, few_anchors()).pieces()
     guard = PassportGuard(model, pieces, digest="abc")
     guard.load_state_dict(guard.state_dict())
+    with pytest.raises(ValueError, match="a Guard with anchors made it"):
+        guard.load_state_dict({"calibration": {}})
     with pytest.raises(ValueError, match=r"passport abc.*holds xyz"):
         PassportGuard(model, pieces, digest="xyz").load_state_dict(guard.state_dict())
