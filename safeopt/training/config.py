@@ -20,6 +20,8 @@ from typing import Any, Literal
 import yaml
 
 MAPPINGS = ("guard", "optimizer_options")
+_NONE = ("none", "None", "null")
+_YAML_FALSE = ("no", "off")  # words that PyYAML reads as False
 OptimizerName = Literal["adamw", "safe_adamw", "sgd", "safe_sgd", "safe_muon"]
 GUARDED: frozenset[OptimizerName] = frozenset({"safe_adamw", "safe_sgd", "safe_muon"})
 _POSITIVE = (
@@ -274,7 +276,9 @@ def _mapping_flags(rest: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def yaml_scalar(text: str) -> Any:
-    """A flag's text as YAML reads it, except that ``1e-4`` is a number, as everyone expects."""
+    """A flag's text as YAML reads it, but ``1e-4`` is a number and ``none`` is None."""
+    if text in _NONE:
+        return None
     try:
         return int(text)
     except ValueError:
@@ -288,10 +292,12 @@ def yaml_scalar(text: str) -> Any:
 def _convert(name: str, value: Any, hint: Any) -> Any:
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or value in ("none", "None", "null"):
+        if value is None or value in _NONE:
             return None
         return _convert(name, value, next(o for o in options if o is not type(None)))
     if origin is Literal:
+        if value is False:
+            value = next((word for word in _YAML_FALSE if word in options), value)
         _require(value in options, f"{name} must be one of {', '.join(options)}; got {value!r}")
         return value
     if origin is tuple:

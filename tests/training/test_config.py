@@ -22,6 +22,23 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert config.max_length == TrainConfig(output_dir="x").max_length
 
 
+def test_words_that_yaml_takes_for_booleans(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: out\nmixed_precision: no\nmonitor: off\n")
+    config = parse("--config", str(file))
+    assert (config.mixed_precision, config.monitor) == ("no", "off")
+    file.write_text("output_dir: out\ndtype: off\n")
+    with pytest.raises(ValueError, match="dtype must be one of float32"):
+        parse("--config", str(file))
+
+
+def test_none_is_none_in_guard_options_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: out\noptimizer: safe_adamw\nguard: {step_limit: none}\n")
+    config = parse("--config", str(file), "--guard.rank", "none", "--guard.refresh_within=None")
+    assert config.guard == {"step_limit": None, "rank": None, "refresh_within": None}
+
+
 def test_config_survives_its_own_yaml(tmp_path: Path) -> None:
     config = parse("--output_dir", "out", "--lora_target_modules", "q_proj", "v_proj")
     assert config.lora_target_modules == ("q_proj", "v_proj")
