@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,8 @@ def guarded_step(
     base_step: BaseStep,
     moved_by: MovedBy | None = None,
     storage: Storage | None = None,
+    *,
+    has_gradients: bool = True,
 ) -> None:
     """Take one step of ``base_step`` that stays on the guard's level set.
 
@@ -81,13 +84,14 @@ def guarded_step(
         base_step: one unguarded step of ``optimizer``.
         moved_by: how the step is taken, `chunk_by_chunk` or `all_at_once`; the former by default.
         storage: how weights are read and written; in place by default.
+        has_gradients: False if ``base_step`` makes the gradients and checks them itself.
 
     Raises:
         ValueError: a parameter does not belong to the guard's model, or has a sparse gradient.
         FloatingPointError: a gradient or an anchor loss is not finite. Weights and optimizer
             state are untouched.
     """
-    parameters, correction = begin(optimizer, guard)
+    parameters, correction = begin(optimizer, guard, has_gradients=has_gradients)
     moves, storage = moved_by or chunk_by_chunk, storage or Storage()
     weights = OpenWeights(parameters, storage)
     for name, displacement in moves(optimizer, parameters, base_step, guard.brake, storage.read):
@@ -97,8 +101,15 @@ def guarded_step(
     weights.close()
 
 
-def begin(optimizer: Optimizer, guard: StepGuard) -> tuple[dict[str, Tensor], Correction]:
+def begin(
+    optimizer: Optimizer, guard: StepGuard, *, has_gradients: bool = True
+) -> tuple[dict[str, Tensor], Correction]:
     """Everything in a guarded step that can fail: returns its parameters and its correction.
+
+    Args:
+        optimizer: the optimizer whose parameters move.
+        guard: the guard of the model they belong to.
+        has_gradients: False if a closure is yet to make them; those of the last step are stale.
 
     Raises:
         ValueError: a parameter does not belong to the guard's model, or has a sparse gradient.
@@ -106,7 +117,8 @@ def begin(optimizer: Optimizer, guard: StepGuard) -> tuple[dict[str, Tensor], Co
             state are untouched.
     """
     parameters = named_parameters(optimizer, guard)
-    check_gradients(parameters)
+    if has_gradients:
+        check_gradients(parameters)
     guard.refresh_if_due(frozenset(parameters))
     return parameters, guard.correction(lambda: momentum_of(optimizer, parameters))
 
@@ -222,13 +234,30 @@ def all_at_once(
     """Step all parameters together and yield each one's name and displacement.
 
     For optimizers that share state between parameters, or of which nothing is known; it takes a
-    copy of all parameters. The learning rate is multiplied by ``brake`` for this step alone.
+    copy of all parameters. The learning rate is multiplied by ``brake`` for this step alone. If
+    ``base_step`` raises, as a closure may at any call, the weights are those before it.
     """
     before = {name: read(p).clone() for name, p in parameters.items()}
-    with _braked(optimizer.param_groups, brake):
+    with _taken_back(optimizer, parameters, before, read), _braked(optimizer.param_groups, brake):
         base_step(optimizer)
     for name, p in parameters.items():
         yield name, torch.sub(read(p), before.pop(name))
+
+
+@contextmanager
+def _taken_back(
+    optimizer: Optimizer, parameters: dict[str, Tensor], before: dict[str, Tensor], read: Read
+) -> Iterator[None]:
+    """On an error put the weights back, and the state but for what was changed in place."""
+    state = {key: copy.copy(kept) for key, kept in optimizer.state.items()}
+    try:
+        yield
+    except BaseException:
+        for name, p in parameters.items():
+            read(p).copy_(before[name])
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        raise
 
 
 @contextmanager

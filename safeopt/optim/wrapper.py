@@ -107,7 +107,9 @@ class GuardedOptimizer(HoldsGuard):
         """Take one guarded step; see `safeopt.SafeAdamW.step`.
 
         An optimizer that treats parameters one by one calls the closure once. Any other is handed
-        the closure, and a gradient that is not finite stops it at the first call.
+        the closure. If that raises, or leaves a gradient that is not finite, the weights are put
+        back; tensors of the optimizer's state that it has changed in place by then (the history of
+        LBFGS) are not.
         """
         if self.guard is None or type(self.optimizer) in _SEPARABLE:
             return super().step(closure)
@@ -128,7 +130,7 @@ class GuardedOptimizer(HoldsGuard):
         def base_step(optimizer: Optimizer) -> None:
             results.append(self._base_step(None if closure is None else checked))
 
-        guarded_step(self, guard, base_step, all_at_once)
+        guarded_step(self, guard, base_step, all_at_once, has_gradients=closure is None)
         return results[0]
 
     def _moves(self) -> bool:

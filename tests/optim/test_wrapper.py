@@ -204,6 +204,39 @@ def test_lbfgs_evaluates_its_closure_as_often_as_it_likes() -> None:
     assert guard.metrics()["safety/leak"] <= 1e-5
 
 
+@pytest.mark.parametrize("bad_step", [1, 2])
+@pytest.mark.parametrize("bad_call", [1, 3])
+def test_a_later_gradient_that_is_not_finite_leaves_the_weights_and_the_next_step(
+    bad_step: int, bad_call: int
+) -> None:
+    model = llama()
+    inner = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    optimizer = safeopt.guarded(inner, exact_guard(model))
+    x, calls = torch.randint(0, 97, (2, 8)), list[int]()
+
+    def take_step(bad: int = 0) -> None:
+        calls.clear()
+
+        def closure() -> Tensor:
+            calls.append(1)
+            optimizer.zero_grad()
+            loss: Tensor = model(input_ids=x, labels=x).loss
+            (loss * torch.nan if len(calls) == bad else loss).backward()
+            return loss
+
+        optimizer.step(closure)
+
+    if bad_step == 2:
+        take_step()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match="the step was not taken"):
+        take_step(bad_call)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    take_step()  # the gradients of the step that failed are stale, and the closure clears them
+    assert len(calls) > 1
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
 @pytest.mark.parametrize("name", ["AdamW", "schedule-free AdamW"])
 def test_a_gradient_that_is_not_finite_changes_nothing(name: str) -> None:
     model = llama()
