@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from safeopt.correction import StepGuard
 from safeopt.optim.base import Closure, HoldsGuard, unhooked
 from safeopt.optim.reference import all_at_once, check_gradients, guarded_step, named_parameters
+from safeopt.optim.storage import Precision
 
 # Optimizers known to treat parameters one by one, and to stand still when their learning rate is
 # zero. Exactly these: a subclass may do anything.
@@ -42,6 +43,15 @@ class GuardedOptimizer(HoldsGuard):
         self.optimizer = optimizer
         self._patch_step_function()
         self._hold(guard)
+
+    def _hold(self, guard: StepGuard | None, precision: Precision | None = None) -> None:
+        kind = type(self.optimizer)
+        if getattr(guard, "momentum_orthogonal", False) and kind not in _SEPARABLE:
+            raise ValueError(
+                f"momentum_orthogonal=True needs the momentum of {kind.__name__}, and where it "
+                "keeps that is not known; build the guard with momentum_orthogonal=False"
+            )
+        super()._hold(guard, precision)
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # while unpickling, before there is one
@@ -164,10 +174,5 @@ def guarded(optimizer: Optimizer, guard: StepGuard) -> GuardedOptimizer:
     if isinstance(optimizer, HoldsGuard):
         raise ValueError(
             f"{type(optimizer).__name__} holds a guard by itself: pass guard=... to its constructor"
-        )
-    if getattr(guard, "momentum_orthogonal", False) and type(optimizer) not in _SEPARABLE:
-        raise ValueError(
-            f"momentum_orthogonal=True needs the momentum of {type(optimizer).__name__}, and where "
-            "it keeps that is not known; build the guard with momentum_orthogonal=False"
         )
     return GuardedOptimizer(optimizer, guard)

@@ -298,3 +298,7 @@ def test_what_cannot_be_wrapped() -> None:
     along = exact_guard(model, momentum_orthogonal=True)
     with pytest.raises(ValueError, match="momentum of AdamWScheduleFree"):
         safeopt.guarded(schedulefree.AdamWScheduleFree(model.parameters()), along)
+    whole = safeopt.guarded(torch.optim.Rprop(model.parameters()), guard)
+    with pytest.raises(ValueError, match="momentum of Rprop"):
+        whole.hold(along)
+    assert whole.guard is guard
