@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from safeopt.optim.reference import guarded_step, named_parameters, still_step
 from safeopt.optim.storage import NarrowStorage, Precision, restore_moments, widened_step
 
 Closure = Callable[[], Any]
+HELD = "held_guard"  # in what pickle and copy take of an optimizer, and in no state_dict
 
 _EXCLUDED = {
     "capturable": "its small solves are read on the host, which a captured graph cannot replay; "
@@ -31,6 +33,20 @@ def unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """
     inner: Callable[..., Any] = step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]
     return inner
+
+
+def without_guard(state: dict[str, Any]) -> dict[str, Any]:
+    """What a pickle or a copy gives its optimizer; warns if the first one held a guard.
+
+    A guard holds the model, which is not copied with an optimizer.
+    """
+    if state.get(HELD):
+        warnings.warn(
+            "a copied or unpickled optimizer comes without its guard and steps unguarded: call "
+            "optimizer.hold(guard) with a guard of the model whose parameters it steps",
+            stacklevel=3,
+        )
+    return {name: value for name, value in state.items() if name != HELD}
 
 
 def check_holdable(optimizer: Optimizer, guard: StepGuard) -> None:
@@ -173,4 +189,8 @@ class HoldsGuard(Optimizer):
             restore_moments(self, loaded[0], self._precision.moments_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_precision": self._precision}
+        held = self.guard is not None
+        return {**super().__getstate__(), "_precision": self._precision, HELD: held}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(without_guard(state))

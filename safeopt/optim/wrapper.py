@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from safeopt.correction import StepGuard
-from safeopt.optim.base import Closure, HoldsGuard, unhooked
+from safeopt.optim.base import HELD, Closure, HoldsGuard, unhooked, without_guard
 from safeopt.optim.reference import all_at_once, check_gradients, guarded_step, named_parameters
 from safeopt.optim.storage import Precision
 
@@ -59,10 +59,10 @@ class GuardedOptimizer(HoldsGuard):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer}
+        return {"optimizer": self.optimizer, HELD: self.guard is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(without_guard(state))
         self._patch_step_function()
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def train(
 
 @pytest.mark.trap("optimizers 0.11", "optimizers 5.1.8")
 def test_prepare_reloads_the_state_and_hides_the_guard() -> None:
-    model, optimizer, guard = prepared(make_accelerator())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without its guard")
+        model, optimizer, guard = prepared(make_accelerator())
     assert not hasattr(optimizer, "guard")
     assert optimizer.optimizer.guard is guard
     assert not optimizer.state

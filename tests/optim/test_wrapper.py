@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,9 +162,31 @@ def test_it_stands_in_for_the_optimizer() -> None:
     plain = torch.optim.AdamW(model.named_parameters())
     plain.load_state_dict(optimizer.state_dict())
     optimizer.load_state_dict(plain.state_dict())
-    for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+
+
+def twins(optimizer: Optimizer) -> Iterator[Any]:
+    for make in (lambda o: pickle.loads(pickle.dumps(o)), copy.deepcopy):
+        with pytest.warns(UserWarning, match=r"unguarded: call optimizer\.hold"):
+            yield make(optimizer)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_copy_says_that_it_holds_no_guard(wrap: bool) -> None:
+    model = llama()
+    guard = exact_guard(model)
+    if wrap:
+        optimizer: Any = safeopt.guarded(torch.optim.AdamW(model.parameters()), guard)
+    else:
+        optimizer = safeopt.SafeAdamW(model.parameters(), guard=guard)
+    take_training_step(model, optimizer)
+    for twin in twins(optimizer):
         assert twin.guard is None
         twin.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.guard = None
+        copy.deepcopy(optimizer).step()
 
 
 @pytest.mark.trap("optimizers 5.1.4")
