@@ -32,7 +32,7 @@ class Bound:
 def base_name(name: str) -> str:
     """The name that a PEFT model's parameter has in the base model."""
     name = name.removeprefix("base_model.model.")
-    name = name.replace(".base_layer.", ".")
+    name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
     return re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
 
 

@@ -14,6 +14,7 @@ from safeopt.distributed import is_dtensor
 from safeopt.geometry.adapters import base_name
 
 _SHORT = 16  # hex digits of a parameter's own digest
+_ADAPTING = (".lora_", ".modules_to_save.")  # in the names of what PEFT adds
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
@@ -25,11 +26,12 @@ def weight_digests(model: nn.Module) -> dict[str, str]:
     """Shape and short digest of every parameter, by its name in the base model.
 
     Weights are digested as bfloat16, so that one checkpoint has one digest whether it is loaded
-    in fp32 or in bf16; smaller differences are not noticed. LoRA adapters are left out.
+    in fp32 or in bf16; smaller differences are not noticed. LoRA adapters are left out, and so are
+    the copies that train under PEFT's ``modules_to_save``: it keeps the original beside them.
     """
     digests = {}
     for name, p in model.named_parameters():
-        if ".lora_" not in name:
+        if not any(part in name for part in _ADAPTING):
             whole: Any = p.detach()
             whole = whole.full_tensor() if is_dtensor(p) else whole
             short = hashlib.sha256(tensor_bytes(whole.to(torch.bfloat16))).hexdigest()[:_SHORT]

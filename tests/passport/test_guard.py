@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import safeopt
 from safeopt.geometry.capture import logits_of
 from safeopt.geometry.input_subspace import InputSubspace
+from safeopt.passport import Passport, PassportError
 from safeopt.passport.guard import PassportGuard
 from tests import zoo
 
@@ -89,6 +91,25 @@ def test_lora_leaves_the_anchors_where_they_were(model: nn.Module) -> None:
     assert (logits(adapted, anchors) - before).abs().max() <= 1e-6
     names = {name.split(".")[-3] for name in guard.pieces}
     assert names == {"lora_A"}
+
+
+def test_a_head_that_trains_beside_an_adapter(tmp_path: Path) -> None:
+    model, anchors = zoo.llama().eval(), few_anchors()
+    file = tmp_path / "passport.safetensors"
+    Passport.measure(model, anchors, held_out=0.0, energy=1.0).save(file)
+    before = logits(model, anchors)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    guard = PassportGuard.from_passport(adapted, file)
+    assert any("lm_head.modules_to_save" in name for name in guard.pieces)
+    losses = train(adapted, guard)
+    assert losses[-1] < losses[0]
+    assert (logits(adapted, anchors) - before).abs().max() <= 1e-3  # the file's bases are rounded
+    with torch.no_grad():
+        adapted.get_output_embeddings().original_module.weight[0, 0] += 1
+    with pytest.raises(PassportError, match=r"other weights in 'lm_head\.weight'"):
+        PassportGuard.from_passport(adapted, file)
 
 
 def test_lora_without_the_guard_moves_the_anchors(model: nn.Module) -> None:
