@@ -163,18 +163,11 @@ def diagnose(
     planned = PlannedRun.from_rates(learning_rates(config, steps))
     bare = models.load_model(config) if model is None else model
     bare = models.prepare_for_training(bare, config)
-    device = device_of(bare)
     setup = _Setup(bare, config, planned, examples, plan, tokenizer, pilot_steps, opening)
-    clock = _Clock()
-    pilots, comparison, made, guarded = _piloted(setup, refusals, powers, tolerance, clock)
-    measured, scored = None, _spread(len(examples), scored_rows)
-    subject = refusals.first(_SKETCHED)
-    if condition:
-        measured = measure_condition(
-            bare, subject, _as_anchors(_like(examples, subject)),
-            setup.batches(), planned.learning_rate, optimizer=setup.optimizer, loss=_mean_nll,
-            rows=[_one_row(examples[i], device) for i in scored],
-        )  # fmt: skip
+    clock, scored = _Clock(), _spread(len(examples), scored_rows) if condition else []
+    with models.checkpointing_undone(bare, config):
+        pilots, comparison, made, guarded = _piloted(setup, refusals, powers, tolerance, clock)
+        measured = setup.condition(refusals.first(_SKETCHED), scored) if condition else None
     clock.lap("condition")
     return Diagnosis(
         forecast=made,
@@ -187,7 +180,7 @@ def diagnose(
         pilot_steps=pilot_steps,
         anchors=len(refusals),
         read_by=setup.read_by,
-        rows=tuple(_text(found[i]) for i in scored) if condition else (),
+        rows=tuple(_text(found[i]) for i in scored),
         stages=clock.laps,
     )
 
@@ -249,6 +242,14 @@ class _Setup:
         cheap = cheap_predictors(self.planned, norm, cosine, rise_after(pilot))
         size = sum(p.numel() for p in self.model.parameters())
         return Comparison(cheap, nearest(size), self.planned.effective_steps, verdict)
+
+    def condition(self, anchors: Anchors, scored: Sequence[int]) -> Condition:
+        """The condition on these anchors, and the push of the ``scored`` rows."""
+        return measure_condition(
+            self.model, anchors, _as_anchors(_like(self.examples, anchors)),
+            self.batches(), self.planned.learning_rate, optimizer=self.optimizer, loss=_mean_nll,
+            rows=[_one_row(self.examples[i], device_of(self.model)) for i in scored],
+        )  # fmt: skip
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the planned run, in its order."""

@@ -176,7 +176,8 @@ class _Run:
 
     def train(self) -> TrainResult:
         seconds = 0.0
-        with lent_to_accelerate(self.bare):
+        undone = models.checkpointing_undone(self.bare, self.config)
+        with lent_to_accelerate(self.bare), undone:
             self._prepare()
             self._start()
             for step in self._progress():
@@ -184,8 +185,6 @@ class _Run:
                 if self._heed_monitor():
                     break
             self._finish()
-        if self.config.gradient_checkpointing:
-            self.bare.gradient_checkpointing_disable()
         return TrainResult(self.bare, self.step, self.loss, seconds, self.output_dir)
 
     def _start(self) -> None:

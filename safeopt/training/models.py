@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,14 @@ def prepare_for_training(model: nn.Module, config: TrainConfig) -> Any:
             "no parameter of the model trains: set requires_grad on some, or use_peft=True"
         )
     return wrapped
+
+
+@contextmanager
+def checkpointing_undone(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Undo afterwards the gradient checkpointing of `prepare_for_training`."""
+    prepared: Any = model
+    try:
+        yield
+    finally:
+        if config.gradient_checkpointing:
+            prepared.gradient_checkpointing_disable()

@@ -104,6 +104,15 @@ def test_pilots_run_in_the_precision_of_the_run(aligned: nn.Module, tokenizer: A
     assert aligned.forward == forward
 
 
+def test_gradient_checkpointing_is_undone(aligned: nn.Module, tokenizer: Any) -> None:
+    plan = config(gradient_checkpointing=True)
+    ask(aligned, tokenizer, plan, pilot_steps=4, condition=False)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in aligned.modules())
+    with pytest.raises(ValueError, match="--opening 4"):
+        ask(aligned, tokenizer, plan, pilot_steps=4, condition=False, opening=None)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in aligned.modules())
+
+
 def test_rates_are_those_of_the_schedule() -> None:
     rates = learning_rates(config(learning_rate=2.0, warmup_steps=2, max_steps=6), 6)
     assert rates == pytest.approx([0.0, 1.0, 2.0, 1.5, 1.0, 0.5])
