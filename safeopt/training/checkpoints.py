@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from safeopt.files import write_json
 
 STATE_FILE = "trainer_state.json"
+log = logging.getLogger(__name__)
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any]) -> None:
@@ -35,12 +37,16 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    found = []
-    for folder in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and (folder / STATE_FILE).exists():
-            found.append((int(match.group(1)), folder))
-    return [folder for _, folder in sorted(found)]
+    found = [
+        folder
+        for folder in output_dir.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and (folder / STATE_FILE).exists()
+    ]
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def prune(output_dir: Path, keep: int) -> None:
@@ -49,6 +55,21 @@ def prune(output_dir: Path, keep: int) -> None:
         shutil.rmtree(leftover)
     for folder in checkpoints(output_dir)[:-keep] if keep else []:
         _delete(folder)
+
+
+def set_aside(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints after ``step``, of the run that a resume from there abandons.
+
+    Left as they are they would be taken for the newest: resumed from, and kept in place of those
+    that the resumed run writes. No name is taken twice, and nothing is deleted.
+    """
+    for folder in checkpoints(output_dir):
+        if _step(folder) > step:
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.abandoned-{number}")).exists():
+                number += 1
+            os.replace(folder, aside)
+            log.warning("resumed from step %d: %s is now %s", step, folder, aside.name)
 
 
 def _delete(folder: Path) -> None:

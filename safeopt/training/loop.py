@@ -198,6 +198,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            checkpoints.set_aside(self.output_dir, self.step)
             self._write_config()
             self.log.start(self.step)
         if self.step == 0 and self.probes:

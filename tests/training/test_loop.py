@@ -262,6 +262,29 @@ def test_only_the_newest_checkpoints_stay(run: Setup) -> None:
     assert kept == ["checkpoint-5", "checkpoint-6"]
 
 
+def test_resume_from_an_earlier_checkpoint_sets_the_later_ones_aside(
+    run: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run.folder / "a"
+    run("a", save_steps=2)
+    first = str(folder / "checkpoint-2")
+    with pytest.raises(ValueError, match="other seed"):
+        run("a", seed=1, resume_from_checkpoint=first)
+    assert [c.name for c in checkpoints.checkpoints(folder)][1:] == ["checkpoint-4", "checkpoint-6"]
+    options = {"save_steps": 3, "max_steps": 5}
+    run("a", **options, save_total_limit=1, resume_from_checkpoint=first)
+    saved = {path.name for path in folder.glob("*checkpoint*")}
+    abandoned = {"checkpoint-4.abandoned-1", "checkpoint-6.abandoned-1"}
+    assert saved == {"checkpoint-3", *abandoned}
+    assert checkpoints.find(folder, "latest").name == "checkpoint-3"
+    assert "checkpoint-6 is now checkpoint-6.abandoned-1" in caplog.text
+    run("a", **SMALL, resume_from_checkpoint=str(folder / "checkpoint-4.abandoned-1"))
+    assert abandoned < {path.name for path in folder.iterdir()}
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-4")
+    checkpoints.set_aside(folder, 3)
+    assert (folder / "checkpoint-4.abandoned-2").exists()
+
+
 def test_resume_with_other_rows_or_seed_is_refused(run: Setup) -> None:
     run("a", save_steps=3)
     for options, message in (({"seed": 1}, "other seed"), ({"max_length": 20}, "training rows")):
