@@ -12,7 +12,7 @@ from safeopt.anchors import AnchorBatch, Anchors
 from safeopt.distributed import Ranks
 from safeopt.geometry.capture import AnchorLoss, check_finite, logits_of
 from safeopt.geometry.coverage import device_of
-from safeopt.isolation import undisturbed
+from safeopt.isolation import autocast, undisturbed
 from safeopt.losses import ReplyDistribution, reply_distributions, reply_kl, reply_nll
 
 Reference = Literal["nll", "kl"]
@@ -63,7 +63,7 @@ class Calibration:
         if self._reference == "kl":
             for start in indices[::at_once]:
                 batch = self.batch(indices[start : start + at_once])
-                with undisturbed(self._model), torch.no_grad():
+                with undisturbed(self._model), autocast(self._model, {}), torch.no_grad():
                     logits = logits_of(self._model, batch)
                     self._aligned += reply_distributions(logits, batch.labels)
         losses = [self.measure(indices[start : start + at_once]) for start in indices[::at_once]]
@@ -87,7 +87,7 @@ class Calibration:
             FloatingPointError: a loss is not finite.
         """
         batch = self.batch(indices)
-        with undisturbed(self._model), torch.no_grad():
+        with undisturbed(self._model), autocast(self._model, {}), torch.no_grad():
             losses = self.loss(indices)(logits_of(self._model, batch), batch.labels)
         check_finite(losses)
         return losses

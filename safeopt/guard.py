@@ -33,6 +33,7 @@ from safeopt.geometry.moves import (
     next_brake,
     retraction_weights,
 )
+from safeopt.isolation import autocast
 from safeopt.layouts import refuse_flattened
 from safeopt.passport.guard import PassportGuard
 from safeopt.sampling import AnchorSampler
@@ -192,11 +193,12 @@ class Guard:
             names: parameters that the optimizer moves; all trainable ones by default.
         """
         start = time.perf_counter()
-        if self.transport or self._frame is None:
-            self._frame = self._measure(names)
-            losses = self._frame.sketch.losses
-        else:
-            losses = self.ranks.same(self._calibration.measure(self._frame.anchors))
+        with autocast(self.model, {}):
+            if self.transport or self._frame is None:
+                self._frame = self._measure(names)
+                losses = self._frame.sketch.losses
+            else:
+                losses = self.ranks.same(self._calibration.measure(self._frame.anchors))
         self._record_losses(losses, self._frame.anchors)
         self._schedule.refreshed(float(self.violation.mean()))
         self._metrics["safety/refresh_ms"] = 1e3 * (time.perf_counter() - start)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +55,31 @@ def own_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for p, gradient in held:
             p.grad = gradient
+
+
+@contextmanager
+def autocast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Cast on these devices of the model, to these dtypes, and on none beside them.
+
+    ``autocast(model, {})`` computes in the weights' own precision.
+    """
+    with ExitStack() as stack:
+        for device in autocasts(model):
+            if device not in dtypes:
+                stack.enter_context(torch.autocast(device, enabled=False))
+        for device, dtype in dtypes.items():
+            stack.enter_context(torch.autocast(device, dtype))
+        yield
+
+
+def autocasts(model: nn.Module) -> dict[str, torch.dtype]:
+    """Where torch casts at present, among the model's devices, and to what."""
+    devices = {p.device.type for p in model.parameters()}
+    return {
+        device: torch.get_autocast_dtype(device)
+        for device in devices
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    }
 
 
 def _uncompiled() -> Any:

@@ -9,6 +9,7 @@ size of the weights, so that the kernels round once.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from safeopt.distributed import local
 from safeopt.geometry.blocks import Block, DenseBlock, LowRankBlock
 from safeopt.geometry.sharding import Coordinates
 from safeopt.guard import Guard
-from safeopt.optim.reference import begin
+from safeopt.optim.reference import begin, in_own_precision
 from safeopt.optim.storage import Precision
 from safeopt_kernels import dispatch, ops, settings
 
@@ -67,7 +68,7 @@ def _obstacle(
     return None
 
 
-@torch._disable_dynamo  # as the reference: a refresh cannot be traced
+@in_own_precision
 def listed_step(optimizer: AdamW, guard: StepGuard, precision: Precision) -> None:
     """Take one guarded AdamW step through the kernels.
 
@@ -155,7 +156,8 @@ class Lists:
         if low_rank:
             left, right = _joined([b.left for b in low_rank]), _joined([b.right for b in low_rank])
             rest = tuple(b for b in blocks if not isinstance(b, LowRankBlock))
-            return Entry(name, number, parameter, p.view(len(p), -1), left, right, rest)
+            matrix = p.view(len(p), math.prod(p.shape[1:]))  # a shard may have no rows
+            return Entry(name, number, parameter, matrix, left, right, rest)
         matrix, one = p.view(1, -1), self._ones
         if len(dense) == len(blocks) == 1:
             row = dense[0].rows[:, None].contiguous()

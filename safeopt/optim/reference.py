@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,15 @@ from torch.optim import Optimizer
 
 from safeopt.correction import Correction, StepGuard
 from safeopt.distributed import Ranks, local, reshard
+from safeopt.isolation import autocast
 from safeopt.layouts import flattened_hint
 from safeopt_kernels import dispatch, native
 
 BaseStep = Callable[[Optimizer], Any]
 Displacements = Iterator[tuple[str, Tensor]]
 Read = Callable[[Tensor], Tensor]
+Held = TypeVar("Held", bound=Optimizer)
+Rest = ParamSpec("Rest")
 MovedBy = Callable[[Optimizer, dict[str, Tensor], BaseStep, float, Read], Displacements]
 
 # Weights copied at a time: few enough to stay in cache, enough to make small tensors cheap.
@@ -62,7 +66,24 @@ class OpenWeights(Mapping[str, Tensor]):
         self._open.clear()
 
 
-@torch._disable_dynamo  # a compiled ``step`` calls it as it is: a refresh cannot be traced
+def in_own_precision(
+    step: Callable[Concatenate[Held, StepGuard, Rest], None],
+) -> Callable[Concatenate[Held, StepGuard, Rest], None]:
+    """A guarded step as no training loop around it changes it: without autocast, not compiled.
+
+    Autocast would round what the guard multiplies, and let a refresh, which runs the model,
+    measure in another precision than the thresholds were. A refresh cannot be traced.
+    """
+
+    @functools.wraps(step)
+    def alone(optimizer: Held, guard: StepGuard, *args: Rest.args, **kwargs: Rest.kwargs) -> None:
+        with autocast(guard.model, {}):
+            step(optimizer, guard, *args, **kwargs)
+
+    return torch._disable_dynamo(alone)
+
+
+@in_own_precision
 def guarded_step(
     optimizer: Optimizer,
     guard: StepGuard,

@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from safeopt.correction import StepGuard
+from safeopt.isolation import autocast, autocasts
 from safeopt.optim.base import HELD, Closure, HoldsGuard, unhooked, without_guard
 from safeopt.optim.reference import all_at_once, check_gradients, guarded_step, named_parameters
 from safeopt.optim.storage import Precision
@@ -128,11 +129,11 @@ class GuardedOptimizer(HoldsGuard):
 
     def _step_at_once(self, guard: StepGuard, closure: Closure | None) -> Any:
         parameters = named_parameters(self, guard)
-        results = []
+        casts, results = autocasts(guard.model), []
 
         def checked() -> Any:
             assert closure is not None
-            with torch.enable_grad():
+            with torch.enable_grad(), autocast(guard.model, casts):
                 loss = closure()
             check_gradients(parameters)
             return loss

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.distributed.jobs import assert_equal, train
+from safeopt.optim import adamw
+from safeopt_kernels import native
+from tests.distributed.jobs import Report, assert_equal, train
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.multi
@@ -29,3 +32,20 @@ def test_ranks_take_the_steps_of_one_process(kind: str, architecture: str, world
     assert any(figures["safety/retraction_ratio"] > 0 for figures in expected[1])
     for found in run_ranks(world, train, kind, architecture):
         assert_equal(found, expected)
+
+
+def train_by_lists(kernels: str, architecture: str) -> Report:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFEOPT_KERNELS", kernels)
+        patch.setattr(adamw, "takes_lists", lambda *_: True)
+        return train("fsdp", architecture)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "native"])
+def test_lists_take_empty_shards(kernels: str) -> None:
+    obstacle = native.obstacle([torch.zeros(1)])
+    if kernels == "native" and obstacle is not None:
+        pytest.skip(obstacle)
+    expected = train("single", "lora-llama")
+    for found in run_ranks(3, train_by_lists, kernels, "lora-llama"):
+        assert_equal(found, expected, atol=5e-6)

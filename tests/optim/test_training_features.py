@@ -29,12 +29,18 @@ class Run:
         self.start, self.anchors = llama(), random_anchors()
         self.batches = [torch.randint(0, VOCABULARY, (8, 10)) for _ in range(4)]
 
-    def build(self, prepare: Callable[[nn.Module], nn.Module] | None = None, **options: Any) -> Any:
+    def build(
+        self,
+        prepare: Callable[[nn.Module], nn.Module] | None = None,
+        guard: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
         model = copy.deepcopy(self.start)
         model = model if prepare is None else prepare(model)
-        guard = safeopt.Guard(model, self.anchors, budget=-0.3, step_limit=1.0, refresh_every=2)
+        settings = {"budget": -0.3, "step_limit": 1.0, "refresh_every": 2, **(guard or {})}
+        held = safeopt.Guard(model, self.anchors, **settings)
         named = list(model.named_parameters())
-        return model, safeopt.SafeAdamW(named, lr=2e-3, eps=1e-3, guard=guard, **options)
+        return model, safeopt.SafeAdamW(named, lr=2e-3, eps=1e-3, guard=held, **options)
 
     def weights(self, prepare: Callable[[nn.Module], nn.Module] | None = None) -> Weights:
         model, optimizer = self.build(prepare)
@@ -114,6 +120,45 @@ def test_a_compiled_model_takes_the_same_steps(
 ) -> None:
     run = Run()
     assert_close(run.weights(compiling), run.weights())
+
+
+@pytest.mark.parametrize("compression", [None, 2])
+def test_a_step_inside_autocast_is_the_step_outside(compression: int | None) -> None:
+    run = Run()
+
+    def weights(inside: bool) -> Weights:
+        model, optimizer = run.build(guard={"compression_rank": compression})
+        for batch in run.batches:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                model(input_ids=batch, labels=batch).loss.backward()
+                if inside:
+                    optimizer.step()
+            if not inside:
+                optimizer.step()
+        return plain_names(model)
+
+    torch.testing.assert_close(weights(inside=True), weights(inside=False), rtol=0, atol=0)
+
+
+def test_a_closure_runs_under_the_autocast_around_it() -> None:
+    run, dtypes = Run(), list[torch.dtype]()
+    model = copy.deepcopy(run.start)
+    guard = safeopt.Guard(model, run.anchors)
+    optimizer = safeopt.guarded(torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2), guard)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = model(input_ids=run.batches[0]).logits
+        dtypes.append(logits.dtype)
+        loss = logits.float().square().mean()
+        loss.backward()
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(closure)
+    assert set(dtypes) == {torch.bfloat16}
+    assert guard.metrics()["safety/leak"] < 1e-4
 
 
 @pytest.mark.trap("optimizers 5.1.17")
