@@ -83,6 +83,7 @@ class SuitePlan:
     """Everything about a suite that is data: seeds, table columns, variants, sweep and tasks apart.
 
     A task *apart* has a table of its own and no part in the curves and the hypotheses.
+    ``final_seeds`` are those that nothing was chosen on: the sweep's, where a plan names no others.
     """
 
     seeds: tuple[int, ...]
@@ -90,6 +91,7 @@ class SuitePlan:
     variants: tuple[Variant, ...]
     sweep: Sweep | None = None
     apart: tuple[str, ...] = ()
+    final_seeds: tuple[int, ...] = ()
 
     def curves(self) -> dict[str, list[Variant]]:
         """The settings on each method's Pareto curve, its default first; empty without a sweep."""
@@ -124,8 +126,15 @@ def read_plan(suite: str, folder: Path = FOLDER) -> SuitePlan:
     twice = sorted({"/".join(n) for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(f"{suite}.yaml: named twice: {', '.join(twice)}")
-    apart = tuple(plan.get("apart", ()))
-    return SuitePlan(tuple(plan["seeds"]), plan["columns"], tuple(variants), sweep, apart)
+    final = plan.get("final_seeds", () if sweep is None else sweep.seeds)
+    return SuitePlan(
+        tuple(plan["seeds"]),
+        plan["columns"],
+        tuple(variants),
+        sweep,
+        apart=tuple(plan.get("apart", ())),
+        final_seeds=tuple(final),
+    )
 
 
 def _load(suite: str, folder: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What the results say of H1 to H7 (`PREREGISTERED.md`), by its rules and from the result files.
 
-H1 to H4 are judged on the curves' seeds; H5 to H7 on all seeds that have the methods which they
-compare, since the controls and the ablations have no curves.
+H1 to H4 are judged on the curves' seeds, H5 to H7 at the methods' defaults on the final seeds,
+since the controls and the ablations have no curves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -34,6 +35,7 @@ COLLAPSE = 0.5  # H1: rise of the ASR
 MIXING = -0.02  # H3: where the interval has to begin
 COST = 1.25  # H5: CPU time over AdamW's
 FAR = 0.2  # H6, H7: ASR above SafeAdamW's
+MANY, AGREEING = 5, 4  # of so many seeds the difference has one sign on so many
 OURS = "safe"
 NO_RIVALS = (OURS, "passport")
 FROZEN = ("safeanchor/projection", "null_space/gpm", "safe/no_transport")
@@ -48,7 +50,7 @@ class Verdict:
     Attributes:
         figures: what it is judged by.
         holds: None where nothing was run.
-        seeds: seeds that were judged.
+        seeds: seeds that were judged, all that it takes.
     """
 
     figures: str
@@ -68,16 +70,18 @@ Judge = Callable[[SuitePlan, Sequence[Facts], dict[str, Curve]], Verdict]
 def verdict_table(plan: SuitePlan, results: Sequence[Facts]) -> str:
     """One row a hypothesis: the claim, its figures, the verdict, the seeds.
 
-    A verdict on curves of which some were not run to their end is "so far".
+    A verdict on curves of which some were not run to their end, or on too few seeds, is "so far".
     """
     found = {curve.method: curve for curve in curves(plan, results)}
-    so_far = "" if _is_whole(plan, found) else " so far"
+    final = [r for r in results if r["seed"] in plan.final_seeds]
+    whole = _is_whole(plan, found)
     rows = [["", "claim", "figures", "verdict", "seeds"], ["---"] * 5]
     for name, (claim, judge) in HYPOTHESES.items():
-        verdict = judge(plan, results, found)
+        verdict = judge(plan, final, found)
         seeds = str(verdict.seeds or "")
-        words = verdict.words + (so_far if name in ON_CURVES and verdict.seeds else "")
-        rows.append([name, claim, verdict.figures, words, seeds])
+        done = whole if name in ON_CURVES else verdict.seeds >= len(plan.final_seeds)
+        so_far = "" if done or verdict.holds is None else " so far"
+        rows.append([name, claim, verdict.figures, verdict.words + so_far, seeds])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -143,13 +147,18 @@ def _against(
     seeds = len(set(own.seeds) & set(other.seeds))
     pooled, alone = draws[: len(draws) - seeds], draws[len(draws) - seeds :]
     above = np.percentile(pooled[1:], 2.5) > least
-    agree = not signs or seeds < 5 or int((alone > 0).sum()) >= 4
+    agree = not signs or _agree(alone)
     kind = "with over-refusal " if balanced else ""
     return Verdict(
         f"{kind}{with_interval(pooled, sign='+')} against {other.label}",
         bool(above and agree),
         seeds,
     )
+
+
+def _agree(differences: Sequence[float] | Array) -> bool:
+    """Few seeds, or most of the differences on them are above 0."""
+    return len(differences) < MANY or sum(d > 0 for d in differences) >= AGREEING
 
 
 def _keeps_the_model(_p: SuitePlan, _r: Sequence[Facts], found: dict[str, Curve]) -> Verdict:
@@ -178,30 +187,45 @@ def _far_from_ours(
     plan: SuitePlan, results: Sequence[Facts], names: Sequence[str], *, or_loses_the_task: bool
 ) -> Verdict:
     """Whether all the named variants are far less safe than ours, or else lose the task."""
-    wanted = {f"{v.method}/{v.name}": v for v in plan.variants}
     if plan.sweep is None:
         return NOT_RUN
-    metric = plan.sweep.task
-    parts, holds, seeds = [], True, set()
-    for name in (n for n in names if n in wanted):
-        rows = list(_beside(plan, results, wanted[name]))
-        if not rows:
-            continue
-        gap = float(np.mean([x["final"]["asr"] - own["final"]["asr"] for x, own, _ in rows]))
-        task = float(
-            np.mean([task_score(x, a, metric) for x, _, a in rows])
-            / np.mean([task_score(a, a, metric) for _, _, a in rows])
-        )
-        lost = f", task {task:.2f}" if or_loses_the_task else ""
-        parts.append(f"{wanted[name].label}: ASR {gap:+.2f}{lost}")
-        holds &= gap >= FAR or (or_loses_the_task and task < 1 - TASK_LOSS)
-        seeds |= {x["seed"] for x, _, _ in rows}
-    return Verdict("; ".join(parts), holds, len(seeds)) if parts else NOT_RUN
+    wanted = [v for v in plan.variants if f"{v.method}/{v.name}" in names]
+    beside = {v.label: list(_beside(plan, results, v)) for v in wanted}
+    metric = plan.sweep.task if or_loses_the_task else None
+    judged = [_far(label, rows, metric) for label, rows in beside.items() if rows]
+    if not judged:
+        return NOT_RUN
+    seeds = min(len({own["seed"] for _, own, _ in rows}) for rows in beside.values())
+    figures = "; ".join(figures for figures, _ in judged)
+    return Verdict(figures, all(holds for _, holds in judged), seeds)
 
 
-def _beside(
-    plan: SuitePlan, results: Sequence[Facts], variant: Variant
-) -> Iterator[tuple[Facts, Facts, Facts]]:
+Beside = tuple[Facts, Facts, Facts]  # a variant's result, ours and AdamW's of one task and seed
+
+
+def _far(label: str, rows: Sequence[Beside], metric: str | None) -> tuple[str, bool]:
+    """How far a variant is from ours and whether that is far; with a metric, or loses the task."""
+    gaps = _by_seed(rows, lambda other, own, _: other["final"]["asr"] - own["final"]["asr"])
+    figures = f"{label}: ASR {fmean(gaps):+.2f}"
+    far = fmean(gaps) >= FAR and _agree(gaps)
+    if metric is None:
+        return figures, far
+    task = _by_seed(rows, lambda other, _, adamw: task_score(other, adamw, metric))
+    possible = _by_seed(rows, lambda _, __, adamw: task_score(adamw, adamw, metric))
+    kept = sum(task) / sum(possible)
+    worse = kept < 1 - TASK_LOSS and _agree([p - t for p, t in zip(possible, task, strict=True)])
+    return f"{figures}, task {kept:.2f}", far or worse
+
+
+def _by_seed(rows: Sequence[Beside], figure: Callable[[Facts, Facts, Facts], float]) -> list[float]:
+    """Means over the tasks."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        values.setdefault(row[0]["seed"], []).append(figure(*row))
+    return [fmean(of_seed) for of_seed in values.values()]
+
+
+def _beside(plan: SuitePlan, results: Sequence[Facts], variant: Variant) -> Iterator[Beside]:
     """A variant's results with ours and AdamW's of the same task and seed."""
     default = {v.method: cells_of(v, results) for v in plan.variants if v.name == DEFAULT}
     for key, facts in sorted(cells_of(variant, results).items()):

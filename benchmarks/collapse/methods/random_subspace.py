@@ -33,7 +33,7 @@ class RandomSubspace(Training):
         self._basis = torch.empty(0)
 
     def step(self, batch: Batch) -> dict[str, float]:
-        """One AdamW step s, then s - Q Qᵀ s."""
+        """One AdamW step s, then s - R (Rᵀ R)⁻¹ Rᵀ s."""
         if self._steps % self._period == 0:
             self._basis = self._random_basis()
         self._steps += 1
@@ -41,16 +41,16 @@ class RandomSubspace(Training):
         facts = super().step(batch)
         taken = self._displacement.taken()
         step = torch.cat([t.flatten() for t in taken])
-        kept = step - self._basis @ (self._basis.T @ step)
+        gram = self._basis.T @ self._basis
+        kept = step - self._basis @ torch.linalg.solve(gram, self._basis.T @ step)
         self._displacement.replace(_like(kept, taken))
         length = float(kept.norm())
         return facts | {"step_norm": length, "removed": 1 - length / norm(taken)}
 
     def _random_basis(self) -> Tensor:
+        # Normal draws as they are: a QR of them would need twice the memory.
         size = sum(p.numel() for p in self._displacement.parameters)
-        draws = torch.randn(size, self._rank, generator=self._draw)
-        basis: Tensor = torch.linalg.qr(draws).Q
-        return basis
+        return torch.randn(size, self._rank, generator=self._draw)
 
 
 def _like(flat: Tensor, shapes: list[Tensor]) -> list[Tensor]:
