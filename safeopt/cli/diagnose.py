@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import time
 from pathlib import Path
@@ -52,6 +53,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from safeopt.training.diagnose import PILOT_STEPS, diagnose
 
     config = parse_args([*_options(arguments), "--output_dir", "."], "safeopt diagnose")
+    if arguments.report is not None:
+        _prepare(arguments.report)
     start = time.perf_counter()
     found = diagnose(
         config,
@@ -69,12 +72,17 @@ def _run(arguments: argparse.Namespace) -> int:
     return found.forecast.verdict.exit_code
 
 
+def _prepare(folder: Path) -> None:
+    """Fail now rather than after minutes of measuring: no folder, or nothing to draw with."""
+    importlib.import_module("safeopt.diagnostics.html")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _write(folder: Path, document: dict[str, Any]) -> None:
     from safeopt.diagnostics import as_markdown
     from safeopt.diagnostics.html import as_html
     from safeopt.files import write_json, write_text
 
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", document)
     write_text(folder / "report.md", as_markdown(document))
     write_text(folder / "report.html", as_html(document))

@@ -89,3 +89,16 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     prompts = write(tmp_path / "prompts.jsonl", {"prompt": "a"})
     assert cli.main(["evaluate", str(tmp_path), "--prompts", prompts]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safeopt.training.diagnose.diagnose", lambda *_, **__: pytest.fail("ran"))
+    command = ["diagnose", "--model", "m", "--dataset", "d", "--optimizer", "adamw", "--report"]
+    (tmp_path / "file").touch()
+    assert cli.main([*command, str(tmp_path / "file")]) == 2
+    assert "File exists" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "safeopt.diagnostics.html", None)
+    assert cli.main([*command, str(tmp_path / "folder")]) == 2
+    assert "pip install" in capsys.readouterr().err
