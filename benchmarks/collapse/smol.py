@@ -38,7 +38,7 @@ class LoraSmol(Smol):
     """The same model, with adapters trained and not the weights."""
 
     name = "smol_lora"
-    settings = replace(Smol.settings, lr=2e-3)
+    settings = replace(Smol.settings, lr=4e-3)
 
     @staticmethod
     def usual() -> ChatConfig:
