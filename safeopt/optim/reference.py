@@ -76,7 +76,9 @@ def in_own_precision(
     """
 
     @functools.wraps(step)
-    def alone(optimizer: Held, guard: StepGuard, *args: Rest.args, **kwargs: Rest.kwargs) -> None:
+    def alone(
+        optimizer: Held, guard: StepGuard, /, *args: Rest.args, **kwargs: Rest.kwargs
+    ) -> None:
         with autocast(guard.model, {}):
             step(optimizer, guard, *args, **kwargs)
 
