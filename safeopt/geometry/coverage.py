@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,13 @@ Uncovered = Literal["error", "ignore", "freeze"]
 
 # A parameter without a factored form is kept densely, N times; above this it is not covered.
 SMALL_PARAMETER = 1 << 18
+
+# What a layer's rule knows. A layer may own more: loralib's lora_A, weight_norm's weight_g.
+_KNOWN: dict[Rule, tuple[str, ...]] = {
+    "linear": ("weight", "bias"),
+    "conv1d": ("weight", "bias"),
+    "embedding": ("weight",),
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ def find_coverage(model: nn.Module, only: frozenset[str] | None = None) -> Cover
     }
     sites: list[Site] = []
     uncovered: list[str] = []
+    never_called = _never_called(model)
     for module_name, module in model.named_modules():
         own = {
             local: names[id(p)]
@@ -76,12 +84,24 @@ def find_coverage(model: nn.Module, only: frozenset[str] | None = None) -> Cover
         }
         if not own:
             continue
-        rule = _rule(module)
-        if rule is None:
-            uncovered += own.values()
-        else:
+        rule = None if module in never_called else _rule(module)
+        known = () if rule is None else _KNOWN.get(rule, tuple(own))
+        uncovered += [name for local, name in own.items() if local not in known]
+        if rule is not None:
             sites.append(Site(module_name, module, rule, own))
-    return Coverage(tuple(sites), tuple(dict.fromkeys(uncovered)))
+    kept = (_covering(site, uncovered) for site in sites)
+    return Coverage(tuple(s for s in kept if s.parameters), tuple(dict.fromkeys(uncovered)))
+
+
+def _covering(site: Site, uncovered: list[str]) -> Site:
+    """The site without what is not covered, there or at another use of it."""
+    own = {local: name for local, name in site.parameters.items() if name not in uncovered}
+    return replace(site, parameters=own)
+
+
+def _never_called(model: nn.Module) -> set[nn.Module]:
+    """Modules whose parameters another one uses without calling them."""
+    return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def _rule(module: nn.Module) -> Rule | None:
