@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +76,11 @@ class _Recorder:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def layer_input(inputs: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+    """What a layer was given, which may have come as a keyword: ``layer(input=x)``."""
+    return inputs[0] if inputs else next(iter(keywords.values()))
 
 
 def logits_of(model: nn.Module, batch: AnchorBatch) -> Tensor:

@@ -20,7 +20,7 @@ from safeopt.geometry.blocks import (
     from_state,
     to_state,
 )
-from safeopt.geometry.capture import AnchorLoss, CapturedCall, capture
+from safeopt.geometry.capture import AnchorLoss, CapturedCall, capture, layer_input
 from safeopt.geometry.compression import Factors, compress
 from safeopt.geometry.coverage import Coverage, Site
 from safeopt.geometry.moves import Eigenbasis
@@ -209,7 +209,7 @@ def _join(tensors: list[Tensor]) -> Tensor:
 
 
 def _token_factors(site: Site, calls: list[CapturedCall]) -> Factors:
-    inputs = _join([call.inputs[0] for call in calls])
+    inputs = _join(_inputs(calls))
     gradients = _join([call.gradient for call in calls])
     if site.rule == "conv1d":
         return Factors(left=inputs, right=gradients)
@@ -220,8 +220,12 @@ def _bias(calls: list[CapturedCall]) -> DenseBlock:
     return DenseBlock(_join([call.gradient for call in calls]).sum(1))
 
 
+def _inputs(calls: list[CapturedCall]) -> list[Tensor]:
+    return [layer_input(call.inputs, call.keywords) for call in calls]
+
+
 def _rows(module: nn.Module, calls: list[CapturedCall]) -> RowsBlock:
-    ids = torch.cat([call.inputs[0].flatten(1) for call in calls], dim=1)
+    ids = torch.cat([ids.flatten(1) for ids in _inputs(calls)], dim=1)
     rows = _join([call.gradient for call in calls])
     padding = getattr(module, "padding_idx", None)
     if padding is not None:  # autograd gives the padding row no gradient

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safeopt.anchors import IGNORED, AnchorBatch, Anchors
-from safeopt.geometry.capture import logits_of
+from safeopt.geometry.capture import layer_input, logits_of
 from safeopt.geometry.coverage import Site, device_of
 from safeopt.isolation import undisturbed
 
@@ -56,9 +56,11 @@ def _run(
     """One forward pass that leaves no trace; calls ``record(site, input)`` for each site."""
 
     def hook(site: Site) -> Callable[..., None]:
-        return lambda module, inputs: record(site, inputs[0].detach())
+        return lambda _, *given: record(site, layer_input(*given).detach())
 
-    handles = [site.module.register_forward_pre_hook(hook(site)) for site in sites]
+    handles = [
+        site.module.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites
+    ]
     try:
         with undisturbed(model), torch.no_grad():
             logits_of(model, batch)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from safeopt.geometry import DenseSubspace, GradientSketch, find_coverage
 from safeopt.geometry.blocks import LowRankBlock, RowsBlock, cross_gram
@@ -139,6 +140,22 @@ def test_a_module_called_twice_sums_its_uses() -> None:
 
 def truth_in_order(truth: DenseSubspace, dense: DenseSubspace) -> torch.Tensor:
     return DenseSubspace({name: truth.gradients[name] for name in dense.gradients}).matrix()
+
+
+def test_layers_called_with_a_keyword() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(97, 8), Conv1D(8, 8)
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 97)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.mix(x=self.embed(input=input_ids)).tanh()
+            return self.head(input=self.norm(input=x))
+
+    model, anchors = ByKeyword(), random_anchors()
+    truth, dense = per_example_gradients(model, anchors), dense_of(measure(model, anchors), model)
+    assert relative_error(dense.matrix(), truth_in_order(truth, dense)) <= 1e-5
 
 
 def test_output_written_in_place_still_gives_its_gradient() -> None:

@@ -126,6 +126,22 @@ class Table(nn.Module):
         return logits
 
 
+def test_layers_called_with_a_keyword_are_measured_alike() -> None:
+    class Called(nn.Module):
+        def __init__(self, key: str | None) -> None:
+            super().__init__()
+            self.embed, self.head, self.key = nn.Embedding(97, 8), nn.Linear(8, 97), key
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            return self.head(x) if self.key is None else self.head(**{self.key: x})
+
+    positional, by_keyword, anchors = Called(None), Called("input"), few_anchors()
+    by_keyword.load_state_dict(positional.state_dict())
+    found = [InputSubspace.measure(m, anchors).bases for m in (positional, by_keyword)]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_unit_length_keeps_a_sink_from_taking_the_basis() -> None:
     vectors = torch.eye(8)
     vectors[0] *= 1000.0
