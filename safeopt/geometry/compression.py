@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safeopt.geometry.moves import check_finite_products
+
 # One batch of token Gram matrices stays below this many elements (256 MB in fp32).
 _BATCH_ELEMENTS = 1 << 26
 _POWER_ITERATIONS = 1
@@ -50,6 +52,9 @@ def compress(factors: Sequence[Factors], rank: int, seed: int = 0) -> list[Facto
 
     Returns:
         Factors of the same matrices, in order, each with its exact ``energy``.
+
+    Raises:
+        FloatingPointError: a gradient is not finite.
     """
     result: list[Factors | None] = [None] * len(factors)
     for chunk in _chunks(factors):
@@ -79,6 +84,7 @@ def _compress_chunk(factors: list[Factors], rank: int, seed: int) -> list[Factor
     if factors[0].left.shape[1] <= rank:
         pairs = zip(factors, energy, strict=True)
         return [Factors(f.left, f.right, e) for f, e in pairs]
+    check_finite_products(energy)
     # Attention sinks make some inputs a thousand times longer than others: give every input unit
     # length and its length to the output gradient, which leaves G alone and fp32 accurate.
     length = right_gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]

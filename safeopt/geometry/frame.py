@@ -53,6 +53,9 @@ class Frame:
             ranks: the processes.
             parameters: gives the model's parameters as they are after measuring.
             keep: gives the eigenpairs of K to keep.
+
+        Raises:
+            FloatingPointError: an anchor's loss or gradient is not finite.
         """
         share = ranks.share(len(anchors))
         part = ranks.together(lambda: measure(share))

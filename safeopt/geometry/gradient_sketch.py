@@ -63,6 +63,9 @@ class GradientSketch:
             loss: maps logits (N, T, V) and labels (N, T) to losses (N,).
             compression_rank: singular directions kept per anchor and matrix; None keeps the
                 exact token factors.
+
+        Raises:
+            FloatingPointError: an anchor's loss or gradient is not finite.
         """
         losses, calls = capture(model, coverage.sites, batch, loss)
         small, factors = _split_by_form(coverage.sites, calls)

@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 
+def check_finite_products(products: Tensor) -> None:
+    """Raise if products of anchor gradients are NaN or infinite: eigensolvers fail obscurely."""
+    if not bool(torch.isfinite(products).all()):
+        raise FloatingPointError(
+            "an anchor's gradient is not finite although its loss is: the backward pass divides by "
+            "zero or overflows at these weights (sqrt and norms of zero do); go back to the last "
+            "good checkpoint, lower the learning rate or compute in a wider precision"
+        )
+
+
 @dataclass(frozen=True)
 class Eigenbasis:
     """The kept eigenpairs of the Gram matrix, K = V Omega V^T.
@@ -23,7 +33,12 @@ class Eigenbasis:
 
     @classmethod
     def of(cls, gram: Tensor, rank: int | None, floor: float) -> Eigenbasis:
-        """Keep the top ``rank`` eigenpairs above ``floor`` times the largest eigenvalue."""
+        """Keep the top ``rank`` eigenpairs above ``floor`` times the largest eigenvalue.
+
+        Raises:
+            FloatingPointError: the Gram matrix is not finite.
+        """
+        check_finite_products(gram)
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values.flip(0), vectors.flip(1)
         keep = values > floor * values[0].clamp(min=torch.finfo(values.dtype).tiny)
