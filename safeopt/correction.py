@@ -56,7 +56,11 @@ class StepGuard(Protocol):
         """Factor on the learning rate of this step, at most 1."""
 
     def refresh_if_due(self, names: frozenset[str]) -> None:
-        """Refresh when the schedule says so; raises before anything has changed."""
+        """Refresh when the guard says so; raises before anything has changed.
+
+        Args:
+            names: trainable parameters that the optimizer moves.
+        """
 
     def correction(self, momentum: Momentum) -> Correction:
         """Begin the correction of one step.

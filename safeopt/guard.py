@@ -22,6 +22,7 @@ from safeopt.geometry.coverage import (
     device_of,
     find_coverage,
     prepare,
+    trainable_names,
     unwrapped,
 )
 from safeopt.geometry.frame import Frame
@@ -190,20 +191,23 @@ class Guard:
         and buffers as they were, also on errors, and the weights alone.
 
         Args:
-            names: parameters that the optimizer moves; all trainable ones by default.
+            names: trainable parameters that the optimizer moves; all trainable ones by default.
         """
         start = time.perf_counter()
+        names = frozenset(trainable_names(self.model)) if names is None else names
+        frame = self._frame
+        is_new = frame is None or frame.names != names
         with autocast(self.model, {}):
-            if self.transport or self._frame is None:
-                self._frame = self._measure(names)
-                losses = self._frame.sketch.losses
+            if frame is None or is_new or self.transport:
+                frame = self._frame = self._measure(names)
+                losses = frame.sketch.losses
             else:
-                losses = self.ranks.same(self._calibration.measure(self._frame.anchors))
-        self._record_losses(losses, self._frame.anchors)
-        self._schedule.refreshed(float(self.violation.mean()))
+                losses = self.ranks.same(self._calibration.measure(frame.anchors))
+        self._record_losses(losses, frame.anchors)
+        self._schedule.refreshed(float(self.violation.mean()), is_new=is_new)
         self._metrics["safety/refresh_ms"] = 1e3 * (time.perf_counter() - start)
 
-    def _measure(self, names: frozenset[str] | None) -> Frame:
+    def _measure(self, names: frozenset[str]) -> Frame:
         indices = self._sampler.draw()
 
         def sketch(share: Share) -> GradientSketch:
@@ -215,7 +219,7 @@ class Guard:
                 compression_rank=self.compression_rank,
             )
 
-        return Frame.measure(indices, sketch, self.ranks, self._parameters, self._kept)
+        return Frame.measure(indices, names, sketch, self.ranks, self._parameters, self._kept)
 
     def _kept(self, gram: Tensor) -> Eigenbasis:
         return Eigenbasis.of(gram, self.rank, self.eigenvalue_floor)
@@ -264,8 +268,14 @@ class Guard:
         return self._schedule.age
 
     def refresh_if_due(self, names: frozenset[str]) -> None:
-        """Refresh when the schedule says so; raises before anything has changed."""
-        if self._is_due:
+        """Refresh when the schedule says so, or other parameters train than at the last refresh.
+
+        It raises before anything has changed.
+
+        Args:
+            names: trainable parameters that the optimizer moves.
+        """
+        if self._is_due or self.frame.names != names:
             self.refresh(names)
         self._frame = self.frame.placed(self._parameters())
 
@@ -274,7 +284,7 @@ class Guard:
         if self._frame is None or self._schedule.is_due:
             return True
         # A LoRA adapter's first sketch is blind to lora_A, whose gradient is zero at the start.
-        return self.transport and self.basis_age == 1 and self._frame.has_silence
+        return self.transport and self._frame.has_silence and self._schedule.may_look_again
 
     def correction(self, momentum: Momentum) -> LevelSetCorrection:
         """Begin the tangent and retraction moves of one step."""

@@ -51,6 +51,12 @@ class RefreshSchedule:
         self._path = 0.0
         self._last_step = 0.0
         self._reach = 0.0
+        self._has_looked_again = False
+
+    @property
+    def may_look_again(self) -> bool:
+        """True one step after a refresh, until a refresh has come so early once."""
+        return self.age == 1 and not self._has_looked_again
 
     @property
     def is_due(self) -> bool:
@@ -65,13 +71,15 @@ class RefreshSchedule:
         self._path += step_norm
         self._last_step = step_norm
 
-    def refreshed(self, violation: float) -> None:
+    def refreshed(self, violation: float, *, is_new: bool = False) -> None:
         """Begin a period.
 
         Args:
             violation: mean violation that this refresh found, nats.
+            is_new: the refresh was the first one of the parameters that train.
         """
         self.refreshes += 1
+        self._has_looked_again = not is_new and (self._has_looked_again or self.age == 1)
         if self._path > 0 and self._longest is not None:
             self.period = self.age
             before = self._reach or self._path
@@ -94,6 +102,7 @@ class RefreshSchedule:
             "path": self._path,
             "last_step": self._last_step,
             "reach": self._reach,
+            "has_looked_again": self._has_looked_again,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -101,3 +110,4 @@ class RefreshSchedule:
         self.period, self.age = state["period"], state["age"]
         self.refreshes, self._path = state["refreshes"], state["path"]
         self._last_step, self._reach = state["last_step"], state["reach"]
+        self._has_looked_again = state["has_looked_again"]

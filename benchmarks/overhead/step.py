@@ -114,6 +114,7 @@ def build(case: Case) -> tuple[Stack, Guard]:
     sketch = GradientSketch(blocks, torch.zeros(case.anchors), torch.ones(case.anchors))
     frame = {
         "anchors": list(range(case.anchors)),
+        "names": list(blocks),
         "sketch": sketch.state_dict(),
         "gram": sketch.gram(),
         "has_silence": False,

@@ -22,6 +22,7 @@ class Frame:
 
     Attributes:
         anchors: which anchors were looked at, N of them.
+        names: the parameters that trained then, those that no rule covers among them.
         sketch: their gradients G, of the rows of the parameters that this process holds.
         gram: K = G G^T over whole parameters, (N, N).
         eigenbasis: the eigenpairs of K that are kept.
@@ -30,6 +31,7 @@ class Frame:
     """
 
     anchors: tuple[int, ...]
+    names: frozenset[str]
     sketch: GradientSketch
     gram: Tensor
     eigenbasis: Eigenbasis
@@ -40,6 +42,7 @@ class Frame:
     def measure(
         cls,
         anchors: list[int],
+        names: frozenset[str],
         measure: Callable[[Share], GradientSketch],
         ranks: Ranks,
         parameters: Callable[[], Parameters],
@@ -49,6 +52,7 @@ class Frame:
 
         Args:
             anchors: which anchors.
+            names: the parameters that train.
             measure: sketches a share of them.
             ranks: the processes.
             parameters: gives the model's parameters as they are after measuring.
@@ -61,7 +65,7 @@ class Frame:
         part = ranks.together(lambda: measure(share))
         sketch = sharding.gather(part, share, ranks, parameters())
         gram, has_silence = sharding.gram(sketch, ranks, parameters())
-        return cls(tuple(anchors), sketch, gram, keep(gram), has_silence)
+        return cls(tuple(anchors), names, sketch, gram, keep(gram), has_silence)
 
     def placed(self, parameters: Parameters) -> Frame:
         """The frame of the rows that this process holds."""
@@ -86,6 +90,7 @@ class Frame:
             sketch = sharding.whole(sketch, ranks, parameters)
         return {
             "anchors": list(self.anchors),
+            "names": sorted(self.names),
             "sketch": sketch.state_dict(),
             "gram": self.gram,
             "has_silence": self.has_silence,
@@ -97,5 +102,6 @@ class Frame:
     ) -> Frame:
         """Rebuild a frame from `state_dict`, with whole parameters until it is `placed`."""
         sketch, gram = GradientSketch.from_state_dict(state["sketch"]), state["gram"].to(device)
-        anchors = tuple(state["anchors"])
-        return cls(anchors, sketch.to(device), gram, keep(gram), state["has_silence"], True)
+        anchors, names = tuple(state["anchors"]), frozenset(state["names"])
+        silence = state["has_silence"]
+        return cls(anchors, names, sketch.to(device), gram, keep(gram), silence, True)

@@ -142,8 +142,10 @@ def begin(
     parameters = named_parameters(optimizer, guard)
     if has_gradients:
         check_gradients(parameters)
-    guard.refresh_if_due(frozenset(parameters))
-    return parameters, guard.correction(lambda: momentum_of(optimizer, parameters))
+    # A parameter that has been frozen keeps its momentum and must not move along it.
+    training = {name: p for name, p in parameters.items() if p.requires_grad}
+    guard.refresh_if_due(frozenset(training))
+    return parameters, guard.correction(lambda: momentum_of(optimizer, training))
 
 
 def still_step(optimizer: Optimizer, guard: StepGuard, base_step: BaseStep) -> None:

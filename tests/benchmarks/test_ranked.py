@@ -83,7 +83,7 @@ def test_coupled_eigenvectors_are_those_that_the_task_pushes() -> None:
     )
     gram = sketch.gram()
     basis = Eigenbasis.of(gram, None, 1e-8)
-    frame = Frame((0, 1, 2, 3), sketch, gram, basis, False)
+    frame = Frame((0, 1, 2, 3), frozenset(sketch.blocks), sketch, gram, basis, False)
     sharp = Push().leading(frame, 2)
     torch.testing.assert_close(sharp.values, basis.values[:2])
     # Along u_3 alone nothing but the fourth eigenvector is pushed.
