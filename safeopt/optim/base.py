@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch.optim import Optimizer
 
 from safeopt.correction import StepGuard
+from safeopt.guard import Guard
 from safeopt.optim.reference import guarded_step, named_parameters, still_step
 from safeopt.optim.storage import NarrowStorage, Precision, restore_moments, widened_step
 
 Closure = Callable[[], Any]
 HELD = "held_guard"  # in what pickle and copy take of an optimizer, and in no state_dict
+
+_HOLDERS: WeakKeyDictionary[Guard, ReferenceType[HoldsGuard]] = WeakKeyDictionary()
 
 _EXCLUDED = {
     "capturable": "its small solves are read on the host, which a captured graph cannot replay; "
@@ -61,6 +66,41 @@ def check_holdable(optimizer: Optimizer, guard: StepGuard) -> None:
     named_parameters(optimizer, guard)
 
 
+def _has_other_holder(optimizer: HoldsGuard, guard: Guard) -> bool:
+    """True if a live optimizer moves other parameters of the model under the same guard."""
+    known = _HOLDERS.get(guard)
+    other = known and known()
+    if other is None or other is optimizer or other.guard is not guard:
+        return False
+    theirs = _moved_by(other) & {id(p) for p in guard.model.parameters()}
+    # One that moves the same parameters has taken the other's place, as when a cell is run again.
+    return bool(theirs) and theirs.isdisjoint(_moved_by(optimizer))
+
+
+def _moved_by(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _claim(guard: Guard, optimizer: HoldsGuard) -> None:
+    """Make an optimizer the one that holds a guard.
+
+    A guard's subspace spans all that its optimizer moves, and its schedule counts that
+    optimizer's steps.
+
+    Raises:
+        ValueError: another one holds it.
+    """
+    if _has_other_holder(optimizer, guard):
+        gc.collect()  # a host may keep its optimizer in a cycle, which outlives its use
+        if _has_other_holder(optimizer, guard):
+            raise ValueError(
+                "another optimizer, over other parameters, holds this guard already: give one "
+                "optimizer all parameters (in groups, if their options differ), or build one guard "
+                "per optimizer"
+            )
+    _HOLDERS[guard] = ref(optimizer)
+
+
 class HoldsGuard(Optimizer):
     """Mixin in front of a base optimizer whose step treats parameters one by one.
 
@@ -77,7 +117,8 @@ class HoldsGuard(Optimizer):
         """Take a guard later, from hosts that shard the model and the optimizer together.
 
         Raises:
-            ValueError: a parameter is not in the guard's model, or an option that a guard excludes.
+            ValueError: a parameter is not in the guard's model, an option that a guard excludes,
+                or another optimizer, over other parameters, that holds the guard.
         """
         self._hold(guard, self._precision)
 
@@ -85,13 +126,16 @@ class HoldsGuard(Optimizer):
         """Take the guard and what to do with narrow weights; the last line of a constructor.
 
         Raises:
-            ValueError: a parameter is not in the guard's model, or an option that a guard excludes.
+            ValueError: a parameter is not in the guard's model, an option that a guard excludes,
+                or another optimizer, over other parameters, that holds the guard.
         """
         self._precision = precision or self._precision
         self._precision.check(self)
         if guard is None:
             return
         check_holdable(self, guard)
+        if isinstance(guard, Guard):  # one of a passport corrects each parameter alone
+            _claim(guard, self)
         self.guard = guard
         # A fused base would let GradScaler hand it scaled gradients, and infinite ones, to sort
         # out by itself; a guard has to see the step that is really taken.

@@ -309,6 +309,34 @@ def test_groups_added_later() -> None:
     assert len(inner.param_groups) == 2
 
 
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_guard_serves_one_optimizer_at_a_time(wrap: bool) -> None:
+    def make(parameters: Any) -> Optimizer:
+        if wrap:
+            return safeopt.guarded(torch.optim.SGD(parameters, lr=1e-2), guard)
+        return safeopt.SafeSGD(parameters, lr=1e-2, guard=guard)
+
+    model = llama()
+    guard, (first, *rest) = exact_guard(model), model.parameters()
+    one = make([first])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"one optimizer all parameters.*or build one guard per"):
+        make(rest)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    take_training_step(model, one)
+    with pytest.raises(ValueError, match="another optimizer"):
+        safeopt.SafeAdamW(rest).hold(guard)
+
+    one.hold(exact_guard(model))  # and lets go of this one
+    two = make(rest)
+    two.host = [two]  # a cycle, as hosts make them
+    del two
+    three = make([first])
+    four = make([first, *rest])  # takes the place of the third
+    assert copy.deepcopy(three) is not four
+    take_training_step(model, four)
+
+
 def test_what_cannot_be_wrapped() -> None:
     model = llama()
     guard = exact_guard(model)
