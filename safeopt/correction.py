@@ -149,7 +149,7 @@ class LevelSetCorrection:
         if is_fresh:
             change.sum_shards()
             stored = self._step.coefficients + change.coefficients
-            leak = guard.leak_of(stored, retraction, along.coefficients)
+            leak = guard.frame.leak_of(stored, retraction, along.coefficients)
             metrics["safety/leak"] = _ratio(leak, remaining)
         return metrics
 

@@ -82,7 +82,7 @@ class Guard:
             try it where ``safety/brake`` stays at its floor of 0.1 and the task is not learned.
         tangent: switch of the first move.
         retraction: switch of the second move.
-        transport: False keeps the first sketch for good; losses are still measured.
+        transport: False keeps a sketch while the same parameters train; losses are measured.
         reference: anchor loss, "nll" of the reply or "kl" from the aligned model on it.
         uncovered: trainable parameters that no rule covers: "error" names them, "ignore" lets
             them train unguarded, "freeze" stops them from training.
@@ -192,6 +192,11 @@ class Guard:
 
         Args:
             names: trainable parameters that the optimizer moves; all trainable ones by default.
+
+        Raises:
+            FloatingPointError: an anchor's loss or gradient is not finite.
+            ValueError: a parameter without a rule, or used without its module being called; the
+                latter is looked for when other parameters train than at the last refresh.
         """
         start = time.perf_counter()
         names = frozenset(trainable_names(self.model)) if names is None else names
@@ -199,7 +204,7 @@ class Guard:
         is_new = frame is None or frame.names != names
         with autocast(self.model, {}):
             if frame is None or is_new or self.transport:
-                frame = self._frame = self._measure(names)
+                frame = self._frame = self._measure(names, verify=is_new)
                 losses = frame.sketch.losses
             else:
                 losses = self.ranks.same(self._calibration.measure(frame.anchors))
@@ -207,7 +212,7 @@ class Guard:
         self._schedule.refreshed(float(self.violation.mean()), is_new=is_new)
         self._metrics["safety/refresh_ms"] = 1e3 * (time.perf_counter() - start)
 
-    def _measure(self, names: frozenset[str]) -> Frame:
+    def _measure(self, names: frozenset[str], verify: bool) -> Frame:
         indices = self._sampler.draw()
 
         def sketch(share: Share) -> GradientSketch:
@@ -217,6 +222,7 @@ class Guard:
                 self._calibration.batch(indices).take(share.positions),
                 self._calibration.loss([indices[i] for i in share.positions]),
                 compression_rank=self.compression_rank,
+                verify=verify,
             )
 
         return Frame.measure(indices, names, sketch, self.ranks, self._parameters, self._kept)
@@ -268,13 +274,7 @@ class Guard:
         return self._schedule.age
 
     def refresh_if_due(self, names: frozenset[str]) -> None:
-        """Refresh when the schedule says so, or other parameters train than at the last refresh.
-
-        It raises before anything has changed.
-
-        Args:
-            names: trainable parameters that the optimizer moves.
-        """
+        """Refresh when due or when other parameters train; raises before anything has changed."""
         if self._is_due or self.frame.names != names:
             self.refresh(names)
         self._frame = self.frame.placed(self._parameters())
@@ -322,17 +322,6 @@ class Guard:
         cap = self.retraction_cap * math.sqrt(self._schedule.period) * self._longest_step
         cap = cap if step_norm > 0 else 0.0  # a step of length zero leaves the weights alone
         return capped_retraction(gram, weights, momentum_coefficients, momentum_norm, cap)
-
-    def leak_of(self, coefficients: Tensor, retraction: Retraction, along: Tensor) -> float:
-        """Return ||U^T d|| of a stored change d, apart from an intended retraction.
-
-        Args:
-            coefficients: G d, (N,).
-            retraction: the retraction that is part of d.
-            along: G m, (N,).
-        """
-        intended = retraction.along * along - self.frame.gram @ retraction.weights
-        return self.frame.eigenbasis.component_norm(coefficients - intended)
 
     def record_step(self, step_norm: float, metrics: dict[str, float]) -> None:
         """Count a finished optimizer step of length ||s|| and keep its figures."""

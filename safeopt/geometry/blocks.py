@@ -15,6 +15,9 @@ _GRAM_ROWS = 256  # rows of factors whose products are made at a time
 class Block(Protocol):
     """The gradients G_i of N anchors with respect to one parameter (or one use of it)."""
 
+    def __len__(self) -> int:
+        """Return N."""
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
@@ -34,6 +37,9 @@ class Block(Protocol):
     def dense(self, shape: torch.Size) -> Tensor:
         """Return the gradients themselves, (N, *shape)."""
 
+    def times(self, vectors: Tensor) -> Block:
+        """Return the block of G_i V, with G_i as matrices of n columns and V (n, k)."""
+
 
 def _nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -50,6 +56,9 @@ class LowRankBlock:
 
     left: Tensor
     right: Tensor
+
+    def __len__(self) -> int:
+        return len(self.left)
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +104,10 @@ class LowRankBlock:
         """Return the gradients themselves, (N, m, n)."""
         return (self.left.mT @ self.right).view(-1, *shape)
 
+    def times(self, vectors: Tensor) -> LowRankBlock:
+        """Return the block of G_i V = left_i^T (right_i V)."""
+        return LowRankBlock(self.left, self.right @ vectors)
+
 
 @dataclass(frozen=True)
 class RowsBlock:
@@ -107,6 +120,9 @@ class RowsBlock:
 
     ids: Tensor
     rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     @property
     def nbytes(self) -> int:
@@ -144,6 +160,10 @@ class RowsBlock:
             anchor.index_add_(0, ids, rows)
         return result
 
+    def times(self, vectors: Tensor) -> RowsBlock:
+        """Return the block of G_i V, whose rows are those of the same tokens."""
+        return RowsBlock(self.ids, self.rows @ vectors)
+
 
 @dataclass(frozen=True)
 class DenseBlock:
@@ -154,6 +174,9 @@ class DenseBlock:
     """
 
     rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -181,6 +204,10 @@ class DenseBlock:
     def dense(self, shape: torch.Size) -> Tensor:
         """Return the gradients themselves, (N, *shape)."""
         return self.rows.view(-1, *shape)
+
+    def times(self, vectors: Tensor) -> DenseBlock:
+        """Return the block of G_i V."""
+        return DenseBlock((self.rows.unflatten(1, (-1, len(vectors))) @ vectors).flatten(1))
 
 
 def squared_norm(tensor: Tensor) -> float:

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from safeopt.anchors import AnchorBatch
 from safeopt.geometry.coverage import Site
+from safeopt.geometry.whole_gradient import WholeGradient
 from safeopt.isolation import undisturbed
 
 AnchorLoss = Callable[[Tensor, Tensor], Tensor]
@@ -116,19 +117,24 @@ def _forward_parameters(model: nn.Module) -> set[str]:
 
 
 def capture(
-    model: nn.Module, sites: tuple[Site, ...], batch: AnchorBatch, loss: AnchorLoss
+    model: nn.Module,
+    sites: tuple[Site, ...],
+    batch: AnchorBatch,
+    loss: AnchorLoss,
+    whole: WholeGradient | None = None,
 ) -> tuple[Tensor, list[list[CapturedCall]]]:
     """Measure anchor losses and, per site, inputs and output gradients of every call.
 
-    The gradient is taken with respect to module *outputs*: no weight gradient is formed and
-    ``p.grad`` is not touched. As the summed loss couples no two anchors, row i of an output's
-    gradient belongs to anchor i alone.
+    The gradient is taken with respect to module *outputs*: no weight gradient is formed, unless
+    ``whole`` takes it in, and ``p.grad`` is not touched. As the summed loss couples no two anchors,
+    row i of an output's gradient belongs to anchor i alone.
 
     Args:
         model: the model, unwrapped; used in eval mode and left as it was.
         sites: the modules to record.
         batch: N anchors.
         loss: maps logits and labels to N losses.
+        whole: takes in the gradients of its parameters.
 
     Returns:
         The losses, (N,), and one list of calls per site.
@@ -147,7 +153,7 @@ def capture(
             losses = loss(logits_of(model, batch), batch.labels)
             total = losses.sum()
         _check_graph(recorders)
-        calls = _output_gradients(total, recorders)
+        calls = _output_gradients(total, recorders, whole or WholeGradient({}))
     check_finite(losses)
     _check_batch_dimension(sites, calls, len(batch))
     return losses.detach(), calls
@@ -206,14 +212,17 @@ def _check_batch_dimension(
                 )
 
 
-def _output_gradients(total: Tensor, recorders: list[_Recorder]) -> list[list[CapturedCall]]:
+def _output_gradients(
+    total: Tensor, recorders: list[_Recorder], whole: WholeGradient
+) -> list[list[CapturedCall]]:
     edges = [call.edge for recorder in recorders for call in recorder.calls]
     if not edges:
         raise ValueError(
             "no trainable parameter takes part in the model's forward pass, so there is nothing to "
             "guard; are its adapters merged or disabled? Call unmerge_adapter() or set_adapter()"
         )
-    gradients = iter(torch.autograd.grad(total, edges, allow_unused=True))
+    with whole.taken() as parameters:
+        gradients = iter(torch.autograd.grad(total, [*edges, *parameters], allow_unused=True))
     captured = []
     for recorder in recorders:
         pairs = [(call, next(gradients)) for call in recorder.calls]

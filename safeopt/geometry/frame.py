@@ -13,7 +13,7 @@ from torch import Tensor
 from safeopt.distributed import Parameters, Ranks, Share
 from safeopt.geometry import sharding
 from safeopt.geometry.gradient_sketch import GradientSketch
-from safeopt.geometry.moves import Eigenbasis
+from safeopt.geometry.moves import Eigenbasis, Retraction
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,17 @@ class Frame:
         """A maker of empty coordinates over this frame."""
         counted = ranks.counted(parameters)
         return partial(sharding.Coordinates, self.sketch, ranks, counted)
+
+    def leak_of(self, coefficients: Tensor, retraction: Retraction, along: Tensor) -> float:
+        """Return ||U^T d|| of a stored change d, apart from an intended retraction.
+
+        Args:
+            coefficients: G d, (N,).
+            retraction: the retraction that is part of d.
+            along: G m, (N,).
+        """
+        intended = retraction.along * along - self.gram @ retraction.weights
+        return self.eigenbasis.component_norm(coefficients - intended)
 
     def spectrum(self) -> Tensor:
         """Eigenvalues of the empirical Fisher G^T G / N, largest first, (N,)."""

@@ -25,6 +25,7 @@ from safeopt.geometry.compression import Factors, compress
 from safeopt.geometry.coverage import Coverage, Site
 from safeopt.geometry.moves import Eigenbasis
 from safeopt.geometry.subspace import EIGENVALUE_FLOOR, check_all_there
+from safeopt.geometry.whole_gradient import WholeGradient
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class GradientSketch:
     captured_energy: Tensor
 
     @classmethod
+    @torch.no_grad()  # apart from the anchors' own forward-backward
     def measure(
         cls,
         model: nn.Module,
@@ -53,6 +55,7 @@ class GradientSketch:
         loss: AnchorLoss,
         *,
         compression_rank: int | None = 8,
+        verify: bool = False,
     ) -> GradientSketch:
         """Measure the sketch with one batched forward-backward.
 
@@ -63,12 +66,18 @@ class GradientSketch:
             loss: maps logits (N, T, V) and labels (N, T) to losses (N,).
             compression_rank: singular directions kept per anchor and matrix; None keeps the
                 exact token factors.
+            verify: hold the gradients, added up over the anchors, to those that autograd returns;
+                not with sharded parameters. It takes the gradient of one parameter at a time.
 
         Raises:
             FloatingPointError: an anchor's loss or gradient is not finite.
+            ValueError: ``verify`` finds a parameter that is used without its module.
         """
-        losses, calls = capture(model, coverage.sites, batch, loss)
+        whole = WholeGradient.of(model, coverage.covered if verify else frozenset())
+        losses, calls = capture(model, coverage.sites, batch, loss, whole)
         small, factors = _split_by_form(coverage.sites, calls)
+        uses = [*small, *((name, LowRankBlock(f.left, f.right)) for name, f in factors)]
+        whole.check(uses, {call.gradient.dtype for site_calls in calls for call in site_calls})
         names, pairs = [name for name, _ in factors], [pair for _, pair in factors]
         if compression_rank is not None:
             pairs = compress(pairs, compression_rank)
