@@ -222,7 +222,8 @@ def _output_gradients(
             "guard; are its adapters merged or disabled? Call unmerge_adapter() or set_adapter()"
         )
     with whole.taken() as parameters:
-        gradients = iter(torch.autograd.grad(total, [*edges, *parameters], allow_unused=True))
+        inputs: list[Any] = [*edges, *parameters]  # torch's types forbid what torch allows: both
+        gradients = iter(torch.autograd.grad(total, inputs, allow_unused=True))
     captured = []
     for recorder in recorders:
         pairs = [(call, next(gradients)) for call in recorder.calls]

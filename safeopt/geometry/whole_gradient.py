@@ -112,7 +112,7 @@ def _vectors(parameter: Tensor) -> Tensor:
     """V for a parameter, the same for all of one width."""
     _, width = _shape(parameter)
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(width, _VECTORS, generator=generator, device="cpu") / _VECTORS**0.5
+    vectors = torch.randn(width, _VECTORS, generator=generator, device="cpu") / math.sqrt(_VECTORS)
     return vectors.to(parameter.device)
 
 

@@ -69,7 +69,7 @@ def check_holdable(optimizer: Optimizer, guard: StepGuard) -> None:
 def _has_other_holder(optimizer: HoldsGuard, guard: Guard) -> bool:
     """True if a live optimizer moves other parameters of the model under the same guard."""
     known = _HOLDERS.get(guard)
-    other = known and known()
+    other = None if known is None else known()
     if other is None or other is optimizer or other.guard is not guard:
         return False
     theirs = _moved_by(other) & {id(p) for p in guard.model.parameters()}
