@@ -59,8 +59,10 @@ class WholeGradient:
             for p, theirs in hooks:
                 p._backward_hooks = theirs
 
-    def _take(self, name: str, gradient: Tensor) -> Tensor | None:
+    def _take(self, name: str, gradient: Tensor | None) -> Tensor | None:
         """Keep the image of a gradient, and give autograd zeros that take no memory to return."""
+        if gradient is None:  # an operator without a backward pass lies on the only way to it
+            return None
         whole = gradient.to_dense() if gradient.is_sparse else gradient
         self._images[name] = whole.float().reshape(_shape(whole)) @ _vectors(whole)
         return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
