@@ -106,6 +106,28 @@ def test_a_nan_on_one_rank_raises_on_all_and_changes_nothing(
         assert is_clean
 
 
+def use_the_head_again(model: nn.Module) -> None:
+    """Add what the head's matrix gives without its module: no hook of a guard sees it."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output + nn.functional.linear(inputs[0], module.weight)
+
+    model.lm_head.register_forward_hook(hook)
+
+
+def complaint_about_the_head() -> str:
+    try:
+        Training("ddp", prepare=use_the_head_again).train(0, 1)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_replicas_look_for_uses_of_a_weight_without_its_module() -> None:
+    for text in run_ranks(3, complaint_about_the_head):
+        assert "do not explain the gradients of ['lm_head.weight']" in text
+
+
 def scale_with_an_infinity() -> list[bool]:
     training = Training("fsdp").train(0, 2)
     scaler = GradScaler("cpu", init_scale=8.0)
