@@ -110,4 +110,4 @@ class RefreshSchedule:
         self.period, self.age = state["period"], state["age"]
         self.refreshes, self._path = state["refreshes"], state["path"]
         self._last_step, self._reach = state["last_step"], state["reach"]
-        self._has_looked_again = state["has_looked_again"]
+        self._has_looked_again = state.get("has_looked_again", False)

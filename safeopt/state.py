@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_ADDED = ("anchors", "reference")  # states of older versions lack them
+_ADDED = ("anchors", "reference", "has_looked_again")  # states of older versions lack them
 
 
 def check_whole(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:

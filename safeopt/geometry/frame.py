@@ -113,6 +113,6 @@ class Frame:
     ) -> Frame:
         """Rebuild a frame from `state_dict`, with whole parameters until it is `placed`."""
         sketch, gram = GradientSketch.from_state_dict(state["sketch"]), state["gram"].to(device)
-        anchors, names = tuple(state["anchors"]), frozenset(state["names"])
+        anchors, names = tuple(state["anchors"]), frozenset(state.get("names", ()))
         silence = state["has_silence"]
         return cls(anchors, names, sketch.to(device), gram, keep(gram), silence, True)

@@ -239,6 +239,9 @@ def _inputs(calls: list[CapturedCall]) -> list[Tensor]:
 def _rows(module: nn.Module, calls: list[CapturedCall]) -> RowsBlock:
     ids = torch.cat([ids.flatten(1) for ids in _inputs(calls)], dim=1)
     rows = _join([call.gradient for call in calls])
+    scale = getattr(module, "embed_scale", None)  # transformers multiply what is looked up by it
+    if scale is not None:
+        rows = rows * torch.as_tensor(scale).to(rows.device, calls[0].gradient.dtype)
     padding = getattr(module, "padding_idx", None)
     if padding is not None:  # autograd gives the padding row no gradient
         rows = rows.masked_fill((ids == padding)[..., None], 0.0)

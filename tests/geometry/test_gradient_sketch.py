@@ -3,14 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.pytorch_utils import Conv1D
 
+import safeopt
 from safeopt.geometry import DenseSubspace, GradientSketch, find_coverage
 from safeopt.geometry.blocks import LowRankBlock, RowsBlock, cross_gram
 from safeopt.geometry.moves import Eigenbasis
 from safeopt.losses import reply_nll
 from tests.zoo import (
     ARCHITECTURES,
+    VOCABULARY,
     llama,
     lora_llama,
     per_example_gradients,
@@ -105,6 +108,19 @@ def test_a_tied_embedding_has_both_uses() -> None:
     sketch = measure(tied_llama(), random_anchors())
     kinds = {type(b) for b in sketch.blocks["model.embed_tokens.weight"]}
     assert kinds == {RowsBlock, LowRankBlock}
+
+
+def test_an_embedding_that_scales_what_it_looks_up() -> None:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCABULARY}
+    model, anchors = Gemma3ForCausalLM(Gemma3TextConfig(**size, **heads)), random_anchors()
+    assert float(model.model.embed_tokens.embed_scale) == 4.0
+    guard = safeopt.Guard(model, anchors, anchors_per_refresh=len(anchors), compression_rank=None)
+    guard.refresh()
+    truth = per_example_gradients(model, anchors)
+    dense = dense_of(measure(model, anchors), model)
+    for name, gradient in truth.gradients.items():
+        assert relative_error(dense.gradients[name], gradient) <= 1e-5, name
 
 
 def test_unknown_pairs_of_blocks_are_refused() -> None:
