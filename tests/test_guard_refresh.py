@@ -34,14 +34,14 @@ def step_on_logits(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def test_a_silent_parameter_is_looked_at_once_more_and_not_at_every_step() -> None:
-    model = Gated()
-    guard = safeopt.Guard(model, random_anchors(), refresh_every=4)
+    model, anchors = Gated(), random_anchors()
+    guard = safeopt.Guard(model, anchors, refresh_every=4)
     optimizer = safeopt.SafeAdamW(model.parameters(), lr=1e-3, guard=guard)
     ages = []
     for _ in range(7):
         step_on_logits(model, optimizer)
         ages.append(guard.basis_age)
-        resumed = safeopt.Guard(model, random_anchors(), refresh_every=4)
+        resumed = safeopt.Guard(model, anchors, refresh_every=4)
         resumed.load_state_dict(copy.deepcopy(guard.state_dict()))
         assert resumed.state_dict()["schedule"] == guard.state_dict()["schedule"]
         assert resumed.frame.names == guard.frame.names
