@@ -84,13 +84,16 @@ def _compress_chunk(factors: list[Factors], rank: int, seed: int) -> list[Factor
     if factors[0].left.shape[1] <= rank:
         pairs = zip(factors, energy, strict=True)
         return [Factors(f.left, f.right, e) for f, e in pairs]
-    check_finite_products(energy)
     # Attention sinks make some inputs a thousand times longer than others: give every input unit
     # length and its length to the output gradient, which leaves G alone and fp32 accurate.
     length = right_gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
     length = length.masked_fill(length == 0, 1.0)
     left_gram, right_gram = left_gram * (length * length.mT), right_gram / (length * length.mT)
-    unit = _leading_coordinates(left_gram.double(), right_gram.double(), rank, seed)
+    try:
+        unit = _leading_coordinates(left_gram.double(), right_gram.double(), rank, seed)
+    except torch.linalg.LinAlgError:  # asked afterwards: to look makes the host wait for the device
+        check_finite_products(energy)
+        raise
     to_right, to_left = (unit / length).float(), (right_gram.double() @ unit * length).float()
     return [
         Factors(cl.mT @ f.left, cr.mT @ f.right, e)
