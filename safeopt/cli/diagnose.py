@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
     found = diagnose(
         config,
         anchors=arguments.anchors,
-        pilot_steps=arguments.pilot_steps or PILOT_STEPS,
+        pilot_steps=PILOT_STEPS if arguments.pilot_steps is None else arguments.pilot_steps,
         opening=arguments.opening,
         tolerance=arguments.tolerance,
         condition=not arguments.forecast_only,

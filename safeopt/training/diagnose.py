@@ -153,6 +153,8 @@ def diagnose(
         ValueError: bad options, rows or anchors.
         FloatingPointError: an anchor loss is not finite.
     """
+    if pilot_steps < 1:
+        raise ValueError(f"pilot_steps must be at least 1, got {pilot_steps}")
     tokenizer = models.load_tokenizer(config) if tokenizer is None else tokenizer
     found = data.required_rows(config.dataset, rows)
     examples = data.tokenize(found, tokenizer, config.max_length, config.completion_only_loss)

@@ -153,6 +153,8 @@ def test_command_writes_reports_and_speaks_by_exit_code(
 
 
 def test_bad_input_is_named(aligned: nn.Module, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="pilot_steps must be at least 1"):
+        diagnose(config(), aligned, tokenizer, TASK, pilot_steps=0)
     with pytest.raises(ValueError, match="needs anchors"):
         diagnose(config(), aligned, tokenizer, TASK)
     with pytest.raises(ValueError, match="set dataset"):
