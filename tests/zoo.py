@@ -113,3 +113,17 @@ def take_training_step(
     loss.backward()
     optimizer.step()
     return float(loss.detach())
+
+
+def assert_untouched(before: Any, after: Any) -> None:
+    if isinstance(before, dict):
+        assert before.keys() == after.keys()
+        for key in before:
+            assert_untouched(before[key], after[key])
+    elif isinstance(before, tuple):
+        for one, other in zip(before, after, strict=True):
+            assert_untouched(one, other)
+    elif isinstance(before, torch.Tensor):
+        assert torch.equal(before, after)
+    else:
+        assert before == after
