@@ -115,15 +115,17 @@ def take_training_step(
     return float(loss.detach())
 
 
-def assert_untouched(before: Any, after: Any) -> None:
+def assert_equal_nested(before: Any, after: Any) -> None:
+    """Dicts and tuples of tensors and plain values are equal, to the bit and in dtype."""
     if isinstance(before, dict):
         assert before.keys() == after.keys()
         for key in before:
-            assert_untouched(before[key], after[key])
+            assert_equal_nested(before[key], after[key])
     elif isinstance(before, tuple):
         for one, other in zip(before, after, strict=True):
-            assert_untouched(one, other)
+            assert_equal_nested(one, other)
     elif isinstance(before, torch.Tensor):
+        assert before.dtype == after.dtype
         assert torch.equal(before, after)
     else:
         assert before == after

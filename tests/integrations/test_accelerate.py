@@ -16,7 +16,7 @@ from torch import nn
 import safeopt
 from safeopt.integrations.accelerate import refuse_unsupported, register
 from tests.integrations import loops
-from tests.zoo import llama, random_anchors, take_training_step
+from tests.zoo import assert_equal_nested, llama, random_anchors, take_training_step
 
 
 def make_accelerator(**options: Any) -> Accelerator:
@@ -113,21 +113,6 @@ def test_resume_is_bit_exact_and_keeps_the_guard_wide(dtype: torch.dtype, tmp_pa
     train(accelerator, resumed, optimizer, 7, 14)
     if dtype == torch.float64:
         torch.testing.assert_close(loops.weights(resumed), loops.weights(whole), rtol=0, atol=0)
-
-
-def assert_equal_nested(left: Any, right: Any) -> None:
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_equal_nested(left[key], right[key])
-    elif isinstance(left, tuple):
-        for one, other in zip(left, right, strict=True):
-            assert_equal_nested(one, other)
-    elif isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-    else:
-        assert left == right
 
 
 @pytest.mark.trap("optimizers 5.1.19", "ux 2.3.4")
