@@ -187,9 +187,10 @@ class FiniteDifference:
     (f(theta + h v) - f(theta - h v)) / 2h with h = step (1 + ||theta||) / ||v||. The error is
     a h^2 from the third derivative and b / h from rounding. With D(h) the product, the distance
     ||D(h) - D(h/2)|| is 3/4 a h^2 where the first rules and above b / h where the second does, so
-    4/3 of it is about the error of D(h) and twice it bounds it. While that bound exceeds
-    ``tolerance`` times the product, shorter steps are tried, and then longer ones, as long as they
-    help.
+    4/3 of it is about the error of D(h) and twice it bounds it. Rounding is a matter of chance: a
+    product of few dimensions, as an empirical Fisher's of N examples, passes the bound by a little
+    now and then. While it exceeds ``tolerance`` times the product, shorter steps are tried, and
+    then longer ones, as long as they help.
 
     Args:
         model: the model, in whatever wrapper its forward and backward passes need.

@@ -62,7 +62,7 @@ class CurvatureOperator(ABC):
 
     @property
     def predicted_error(self) -> float:
-        """Bound of the last checked finite difference's relative error; 0 when exact."""
+        """Bound, but for chance, of the last checked difference's relative error; 0 if exact."""
         found = self._derivatives
         return found.error if isinstance(found, FiniteDifference) else 0.0
 
