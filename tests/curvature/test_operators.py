@@ -200,7 +200,7 @@ def test_finite_difference_in_float32_is_within_its_own_bound(
     measured = finite.flat(v.float())
     assert 0 < finite.predicted_error <= 0.1
     # Where truncation rules the ratio is 2/3. Where rounding does, on the adapters, it is left to
-    # chance: of 1200 fresh products of the Fisher and of Gauss-Newton six passed 1, the largest 1.18.
+    # chance: of 1200 fresh products of Fisher and Gauss-Newton six passed 1, the largest 1.18.
     assert relative_error(measured, truth) <= 1.5 * finite.predicted_error
 
 
