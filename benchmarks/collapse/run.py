@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.collapse.products import fast_bf16_products
 from benchmarks.collapse.results import FOLDER, Cell
 from benchmarks.collapse.runner import run_cell
 from benchmarks.collapse.suites import make_suite
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(chosen.threads)
     cells = list(_cells(chosen, read_plan(chosen.suite)))
     try:
-        failed = _run(cells, chosen)
+        with fast_bf16_products():
+            failed = _run(cells, chosen)
     finally:
         if chosen.results == FOLDER:
             write_readme(chosen.suite)
