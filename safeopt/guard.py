@@ -78,8 +78,9 @@ class Guard:
             costs the task nothing to first order, and cannot hold against a task gradient that
             keeps opposing the anchors.
         step_limit: trust region; a refresh that finds a larger mean violation, in nats, shortens
-            the steps until the next one (`safeopt.geometry.moves.next_brake`). None never does:
-            try it where ``safety/brake`` stays at its floor of 0.1 and the task is not learned.
+            the steps until the next one (`safeopt.geometry.moves.next_brake`). Where
+            ``safety/brake`` stays low and the task is not learned, refresh sooner, or set None,
+            which never does and may let the anchors move far in mid-run.
         tangent: switch of the first move.
         retraction: switch of the second move.
         transport: False keeps a sketch while the same parameters train; losses are measured.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -360,6 +361,12 @@ def test_brake_follows_the_violation() -> None:
     assert next_brake(0.5, violation=0.0, limit=0.05) == pytest.approx(0.65)
     assert next_brake(0.9, violation=0.01, limit=0.05) == 1.0
     assert next_brake(0.2, violation=100.0, limit=0.05) == 0.1
+
+
+def test_brake_says_when_it_is_at_its_floor_and_does_not_hold() -> None:
+    assert next_brake(0.1, violation=0.04, limit=0.05) == pytest.approx(0.1 * math.sqrt(1.25))
+    with pytest.warns(UserWarning, match="step_limit=None"):
+        assert next_brake(0.1, violation=0.06, limit=0.05) == 0.1
 
 
 def test_brake_shortens_steps_and_leaves_the_learning_rate_alone() -> None:

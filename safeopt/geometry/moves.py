@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+BRAKE_FLOOR = 0.1
 
 
 def check_finite_products(products: Tensor) -> None:
@@ -118,9 +121,19 @@ def next_brake(brake: float, violation: float, limit: float) -> float:
         brake: f until now.
         violation: mean violation found at this refresh, nats.
         limit: violation that is small enough, nats.
+
+    Warns:
+        UserWarning: f is at its floor already, and the violation above the limit.
     """
+    if brake <= BRAKE_FLOOR and violation > limit:
+        warnings.warn(
+            "the guard holds the learning rate at a tenth, and anchors still move by more than "
+            "step_limit between two refreshes: lower the learning rate or refresh_every, or set "
+            "step_limit=None if the task is not learned and anchors may drift in mid-run",
+            stacklevel=3,
+        )
     change = math.sqrt(limit / violation) if violation > 0 else math.inf
-    return min(1.0, max(0.1, brake * min(1.3, change)))
+    return min(1.0, max(BRAKE_FLOOR, brake * min(1.3, change)))
 
 
 @dataclass(frozen=True)
