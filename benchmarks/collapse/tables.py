@@ -10,6 +10,8 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.collapse.agreement import agreement_table, result_path
+from benchmarks.collapse.brake import GROUP as TRUST
+from benchmarks.collapse.brake import brake_table
 from benchmarks.collapse.curves import cells_of, time_ratios
 from benchmarks.collapse.pareto import pareto_table
 from benchmarks.collapse.results import FOLDER, load_all
@@ -115,6 +117,8 @@ def parts_of(suite: str, folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
     results = [r for r in every if r["task"] not in plan.apart]
     for group in dict.fromkeys(v.group for v in plan.variants if v.group != SWEEP):
         yield f"{suite}-{group}", table(plan, results, group)
+    if any(v.group == TRUST for v in plan.variants):
+        yield f"{suite}-brake", brake_table(plan, results)
     if plan.sweep is not None:
         yield f"{suite}-pareto", pareto_table(plan, results)
         yield f"{suite}-verdicts", verdict_table(plan, results)

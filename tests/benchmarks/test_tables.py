@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.collapse import tables, variants
+from benchmarks.collapse.brake import brake_table
 from benchmarks.collapse.curves import time_ratios
 from benchmarks.collapse.results import Cell, load_all, save
 from benchmarks.collapse.variants import read_plan
@@ -46,6 +47,22 @@ def result(method: str, variant: str, seed: int, asr: float, **options: Any) -> 
         "versions": {"safeopt-llm": "0.1.0", "torch": "2.13.0", "transformers": "5.0"},
         "date": f"2026-01-0{seed + 1}T00:00:00",
     }
+
+
+def test_brake_table_is_made_from_logs(plan_folder: Path) -> None:
+    rows = "  trust:\n    - {id: safe/free, label: free, options: {step_limit: null}}\n"
+    (plan_folder / "toy.yaml").write_text(PLAN + rows)
+    own = result("safe", "default", 0, 0.0, refresh_every=5)
+    own["log"] = {"safety/violation": [0.1, 0.3, 0.7, 0.0], "safety/brake": [1.0, 0.5, 0.5, 0.2]}
+    own["evaluations"] = [{"asr": 0.04}, {"asr": 0.0}]
+    free = result("safe", "free", 0, 0.0, refresh_every=5, step_limit=None)
+    free["log"] = {"safety/violation": [2.0, 0.0], "safety/brake": [1.0, 1.0]}
+    free["evaluations"] = [{"asr": 0.0}]
+    lines = brake_table(read_plan("toy", plan_folder), [own, free]).splitlines()
+    assert lines[2:] == [
+        "| ours | 0.20 | 0.7 | 0.75 | 0.55 | 0.040 (0.04 to 0.04) | 1 |",
+        "| free | 2.00 | 2.0 | 1.00 | 1.00 | - | 1 |",
+    ]
 
 
 def test_plan_merges_defaults_and_options(plan_folder: Path) -> None:
