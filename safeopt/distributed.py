@@ -29,7 +29,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, detached, sharing its memory."""
-    part: Any = tensor.detach()
+    # A gradient is detached already, and a step asks for every one of them several times.
+    part: Any = tensor.detach() if tensor.requires_grad else tensor
     return part.to_local() if is_dtensor(part) else part  # type: ignore[no-any-return]
 
 

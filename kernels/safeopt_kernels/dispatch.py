@@ -97,11 +97,14 @@ def obstacle_to_triton(tensors: Sequence[Tensor]) -> str | None:
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         return f"the tensors lie on several devices ({', '.join(sorted(map(str, devices)))})"
+    obstacle = _obstacle_of_device(next(iter(devices), torch.device("cpu")))
+    if obstacle is not None:
+        return obstacle
     if any(tensor.dtype not in _DTYPES for tensor in tensors):
         return "a tensor is none of float32, float16 and bfloat16"
     if not all(tensor.is_contiguous() for tensor in tensors):
         return "a tensor is not contiguous"
-    return _obstacle_of_device(next(iter(devices), torch.device("cpu")))
+    return None
 
 
 def _obstacle_of_device(device: torch.device) -> str | None:

@@ -90,12 +90,13 @@ def obstacle(tensors: Sequence[Tensor]) -> str | None:
     Args:
         tensors: whatever goes into the call.
     """
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return "a tensor is not on the CPU"
-    if any(tensor.dtype != torch.float32 for tensor in tensors):
-        return "a tensor is not float32"
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        return "a tensor is not contiguous"
+    for tensor in tensors:  # one loop: a step asks this of every tensor
+        if not tensor.is_cpu:
+            return "a tensor is not on the CPU"
+        if tensor.dtype != torch.float32:
+            return "a tensor is not float32"
+        if not tensor.is_contiguous():
+            return "a tensor is not contiguous"
     return _obstacle_of_machine(may_round())
 
 

@@ -171,29 +171,26 @@ def _check(
         dtypes = {t.dtype for t in (tensors if name in ("m", "v") else [*p, *tensors])}
         if len(dtypes) > 1:
             raise ValueError(f"{name} must have one dtype, that of p for all but m and v")
-    for pair in zip(likes.get("m", ()), likes.get("v", ()), strict=True):
-        _check_dtypes("moments", pair, p[0].dtype)
+    moments = likes.get("m", ())
+    for first, second in zip(moments, likes.get("v", ()), strict=True):
+        _check_dtypes("moments", first.dtype, second.dtype, p[0].dtype)
     for weights, high, wide in zip(p, left, right, strict=True):
-        _check_dtypes("factors", (high, wide), weights.dtype)
+        _check_dtypes("factors", high.dtype, wide.dtype, weights.dtype)
         if weights.dim() != 2:
             raise ValueError(f"p must be matrices, got {tuple(weights.shape)}; use p.view(1, -1)")
         rank = high.shape[1]
         if rank:
-            _check_narrow("factors", high, likes.get("m", ()))
-        fits = (
-            high.shape == (count, rank, weights.shape[0]),
-            wide.shape == (count, rank, weights.shape[1]),
-        )
-        if not all(fits):
+            _check_narrow("factors", high, moments[:1])  # they are of one dtype
+        rows, cols = weights.shape
+        if high.shape != (count, rank, rows) or wide.shape != (count, rank, cols):
             raise ValueError(
                 f"factors of a {tuple(weights.shape)} matrix must be ({count}, q, rows) and "
                 f"({count}, q, cols), got {tuple(high.shape)} and {tuple(wide.shape)}"
             )
 
 
-def _check_dtypes(name: str, pair: tuple[Tensor, Tensor], weight: torch.dtype) -> None:
+def _check_dtypes(name: str, first: torch.dtype, second: torch.dtype, weight: torch.dtype) -> None:
     """Two tensors that a kernel reads as one dtype; every form of it is compiled beforehand."""
-    first, second = (tensor.dtype for tensor in pair)
     if first != second or first not in (torch.float32, weight):
         raise ValueError(
             f"{name} must both be float32 or both in the dtype of the weights, {weight}; "

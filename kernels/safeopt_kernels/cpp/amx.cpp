@@ -5,7 +5,7 @@
 // meanwhile multiplies the next columns. So the tile unit works while the other waits for memory.
 // A float32 number x goes into a product as hi + lo with hi = bf16(x), lo = bf16(x - hi), and a
 // product is hi hi + lo hi + hi lo, summed in float32: 16 bits of each factor count. With
-// SAFEOPT_BF16 it is hi hi alone. Every strip has sums of its own, added in their order afterwards:
+// SAFEOPT_BF16 it is hi hi alone. Every 512 rows have sums of their own, added in their order afterwards:
 // no bit depends on the number of threads.
 //
 // Plain C functions at the end, called through ctypes: compiling this takes a second or two.
@@ -21,31 +21,25 @@ int prepare() { return static_cast<int>(syscall(SYS_arch_prctl, 0x1023, 18)); }
 // Update m and v, p <- p + s; add <G_i, s> to c (anchors,) and the squared length of s to the last.
 void propose(const Matrix *matrices, int64_t count, int64_t anchors, const Scalars *scalars,
              int threads, double *c, double *squared_norm) {
-  const auto groups = grouped<Propose>(matrices, count);
-  int64_t rank = 0, cols = 0;
-  for (int64_t i = 0; i < count; i++) {
-    rank = std::max(rank, matrices[i].rank);
-    if (!is_flat(matrices[i])) cols = std::max(cols, Propose::deep(matrices[i]));
+  const auto chunks = chunks_of<Propose>(matrices, count);
+  const Largest most(matrices, count);
+  Proposed shared{*scalars, anchors, most, Buffer<double>(chunks.size() * (most.rank + 1))};
+  run<Propose>(chunks, threads, shared);
+  for (size_t i = 0; i < chunks.size(); i++) {
+    const double *sums = shared.at(i);
+    const int64_t rank = chunks[i].matrix->rank;
+    for (int64_t k = 0; k < rank; k++) c[k / (rank / anchors)] += sums[k];
+    *squared_norm += sums[most.rank];
   }
-  Proposed shared{*scalars,
-                  anchors,
-                  rank + 1,
-                  c,
-                  squared_norm,
-                  Halves(largest(groups, &Group::packed)),
-                  Buffer<double>(largest(groups, &Group::strips) * (rank + 1)),
-                  cols};
-  run<Propose>(groups, threads, shared);
 }
 
 // p <- p - sum_i a_i G_i.
 void apply(const Matrix *matrices, int64_t count, int64_t anchors, const float *weights,
            int threads) {
-  const auto groups = grouped<Apply>(matrices, count);
-  int64_t rank = 0;
-  for (int64_t i = 0; i < count; i++) rank = std::max(rank, matrices[i].rank);
-  Applied shared{weights, anchors, rank, Halves(largest(groups, &Group::packed))};
-  run<Apply>(groups, threads, shared);
+  auto chunks = chunks_of<Apply>(matrices, count);
+  std::reverse(chunks.begin(), chunks.end());  // what pass 1 did last may still be in the cache
+  Applied shared{weights, anchors, Largest(matrices, count)};
+  run<Apply>(chunks, threads, shared);
 }
 
 // 1 if every number of all arrays is finite.

@@ -5,85 +5,53 @@
 
 namespace {
 
-// Matrices whose factors are packed together, their work numbered through.
-struct Group {
-  struct Part {
-    const Matrix *matrix;
-    int64_t packed, packs, strips, at;  // sizes, number of pieces of work, where its factors lie
-  };
-  std::vector<Part> parts;
-  int64_t packed = 0, packs = 0, strips = 0;
+// Rows of a matrix, or numbers of what is done as rows: what a thread does before it takes another.
+// It packs the factors for itself: lines that another core has just written come slower than memory.
+struct Chunk {
+  const Matrix *matrix;
+  int64_t first, size;
+};
 
-  void add(Part part) {
-    part.at = packed;
-    packed += part.packed, packs += part.packs, strips += part.strips;
-    parts.push_back(part);
-  }
+// The largest of a list of matrices, for buffers that take any of them.
+struct Largest {
+  int64_t rank = 0, cols = 0, right = 0;
 
-  // The part that piece ``i`` of ``count`` belongs to; ``i`` becomes its number there.
-  const Part *find(int64_t &i, int64_t Part::*count) const {
-    for (const Part &part : parts) {
-      if (i < part.*count) return &part;
-      i -= part.*count;
+  Largest(const Matrix *matrices, int64_t count) {
+    for (const Matrix *x = matrices; x < matrices + count; x++) {
+      rank = std::max(rank, x->rank);
+      if (is_flat(*x)) continue;
+      cols = std::max(cols, x->cols);
+      right = std::max(right, blocks(x->cols, 32) * blocks(x->rank, 64) * 4 * kTile);
     }
-    return nullptr;
   }
 };
 
 template <class Pass>
-std::vector<Group> grouped(const Matrix *matrices, int64_t count) {
-  std::vector<Group> groups;
-  for (int64_t i = 0; i < count; i++) {
-    const Matrix &x = Pass::is_forward ? matrices[i] : matrices[count - 1 - i];
-    if (x.rows * x.cols == 0) continue;
-    Group::Part part = Pass::part(x);
-    part.matrix = &x;
-    if (groups.empty() || groups.back().packed + part.packed > kGroup) groups.emplace_back();
-    groups.back().add(part);
+std::vector<Chunk> chunks_of(const Matrix *matrices, int64_t count) {
+  std::vector<Chunk> chunks;
+  for (const Matrix *x = matrices; x < matrices + count; x++) {
+    if (x->rows * x->cols == 0 || !Pass::takes(*x)) continue;
+    const int64_t size = is_flat(*x) ? x->rows * x->cols : x->rows;
+    const int64_t most = is_flat(*x) ? kFlat : kRows;
+    for (int64_t first = 0; first < size; first += most) {
+      chunks.push_back({x, first, std::min(most, size - first)});
+    }
   }
-  return groups;
+  return chunks;
 }
 
-// Do all groups, one after another, on several threads.
+// Do all chunks, each on one of several threads.
 template <class Pass, class Shared>
-void run(const std::vector<Group> &groups, int threads, Shared &shared) {
+void run(const std::vector<Chunk> &chunks, int threads, Shared &shared) {
   std::atomic<int64_t> next{0};
+  const int64_t count = chunks.size();
 #pragma omp parallel num_threads(threads)
   {
     configure_tiles();
     Pass pass(shared);
-    for (const Group &group : groups) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < group.packs; i++) {
-        int64_t number = i;
-        const Group::Part *part = group.find(number, &Group::Part::packs);
-        Pass::pack(*part, number, shared.factors);
-      }
-      for (int64_t i = next++; i < group.strips;) {
-        const int64_t then = next++;
-        int64_t number = i, following = then;
-        const Group::Part *part = group.find(number, &Group::Part::strips);
-        const Group::Part *later = group.find(following, &Group::Part::strips);
-        if (later != nullptr) Pass::ask_for(*later->matrix, following);
-        pass.strip(*part, number, i);
-        i = then;
-      }
-      pass.finish();
-#pragma omp barrier
-#pragma omp single
-      {
-        shared.add_up(group);
-        next = 0;
-      }
-    }
+    for (int64_t i = next++; i < count; i = next++) pass.chunk(chunks[i], i);
     _tile_release();
   }
-}
-
-int64_t largest(const std::vector<Group> &groups, int64_t Group::*what) {
-  int64_t most = 0;
-  for (const Group &group : groups) most = std::max(most, group.*what);
-  return most;
 }
 
 }  // namespace

@@ -7,98 +7,98 @@ namespace {
 
 struct Proposed {
   const Scalars &scalars;
-  int64_t anchors, width;
-  double *c, *squared_norm;
-  Halves factors;
-  Buffer<double> sums;  // a row for every strip of a group: c_k, and ||s||^2 at the end
-  int64_t most_cols;
+  int64_t anchors;
+  Largest most;
+  Buffer<double> sums;  // a row for every chunk: c_k, and ||s||^2 at the end
 
-  void add_up(const Group &group) {
-    const double *row = sums.at(0);
-    for (const Group::Part &part : group.parts) {
-      for (int64_t i = 0; i < part.strips; i++, row += width) {
-        for (int64_t k = 0; k < part.matrix->rank; k++) {
-          c[k / (part.matrix->rank / anchors)] += row[k];
-        }
-        *squared_norm += row[width - 1];
-      }
-    }
-  }
+  double *at(int64_t chunk) { return sums.at(chunk * (most.rank + 1)); }
 };
 
 class Propose {
  public:
-  static constexpr bool is_forward = true;
-
   explicit Propose(Proposed &shared)
-      : shared_(shared), now_(shared.most_cols * kApart), before_(shared.most_cols * kApart) {}
+      : shared_(shared),
+        right_(shared.most.right),
+        left_(kRows * (shared.most.rank + 1)),
+        now_(blocks(shared.most.cols, 32) * kApart),
+        before_(blocks(shared.most.cols, 32) * kApart) {}
 
-  static int64_t deep(const Matrix &x) { return blocks(x.cols, 32); }
-  static int64_t tiles(const Matrix &x) { return blocks(x.rank, 64) * 4; }  // four at a time
+  static bool takes(const Matrix &) { return true; }
 
-  static Group::Part part(const Matrix &x) {
-    if (is_flat(x)) return {nullptr, 0, 0, blocks(x.rows * x.cols, kFlat), 0};
-    return {nullptr, deep(x) * tiles(x) * kTile, deep(x), blocks(x.rows, kSide), 0};
-  }
-
-  // Right factors as second operands: 16 pairs of columns times 16 factors a tile.
-  static void pack(const Group::Part &part, int64_t d, Halves &factors) {
-    const Matrix &x = *part.matrix;
-    for (int64_t t = 0; t < tiles(x); t++) {
-      Pair columns[kSide];
-      for (int i = 0; i < kSide; i++) {
-        const int64_t k = t * kSide + i, left = k < x.rank ? x.cols - d * 32 : 0;
-        const float *row = x.right + k * x.cols + d * 32;
-        ask(row + kNext), ask(row + kNext + kSide);
-        columns[i] = split(_mm512_maskz_loadu_ps(mask(left), row),
-                           _mm512_maskz_loadu_ps(mask(left - kSide), row + kSide));
-      }
-      store_tile(columns, factors, part.at + (d * tiles(x) + t) * kTile);
+  void chunk(const Chunk &chunk, int64_t number) {
+    sums_ = shared_.at(number);
+    std::fill(sums_, sums_ + shared_.most.rank + 1, 0.0);
+    if (is_flat(*chunk.matrix)) return flat(chunk);
+    if (x_ != chunk.matrix) pack_right(*chunk.matrix);
+    x_ = chunk.matrix;
+    pack_left(chunk);
+    for (int64_t row = 0; row < chunk.size; row += kSide) {
+      strip(chunk.first + row, std::min(kSide, chunk.size - row));
+      begin(row);
     }
-  }
-
-  static void ask_for(const Matrix &x, int64_t strip) {
-    if (is_flat(x)) return;
-    for (int64_t k = 0; k < x.rank; k++) ask(x.left + k * x.rows + strip * kSide);
-  }
-
-  void strip(const Group::Part &part, int64_t number, int64_t slot) {
-    double *sums = shared_.sums.at(slot * shared_.width);
-    if (is_flat(*part.matrix)) return flat(*part.matrix, number, sums);
-    const Matrix &x = *part.matrix;
-    const int64_t first = number * kSide, rows = std::min(kSide, x.rows - first);
-    const int64_t chunks = rows * deep(x);
-    const int64_t steps = steps_;  // the products of the strip before, spread over these chunks
-    int64_t owed = 0;
-    double squared_norm = 0;
-    for (int64_t r = 0; r < kSide; r++) {
-      __m512 squares = _mm512_setzero_ps();
-      for (int64_t d = 0; d < deep(x); d++) {
-        const int64_t at = d * kApart + r * 32;
-        const Pair step = r < rows ? chunk(x, (first + r) * x.cols, d * 32, squares) : Pair{};
-        now_.store(at, step.hi, step.lo);
-        for (owed += steps; owed >= chunks && steps_ > 0; owed -= chunks) multiply();
-      }
-      squared_norm += _mm512_reduce_add_ps(squares);
-    }
-    finish();
-    sums[shared_.width - 1] = squared_norm;
-    begin(part, first, sums);
-  }
-
-  // The products of the last strip.
-  void finish() {
     while (steps_ > 0) multiply();
   }
 
  private:
   static constexpr int kSteps = kSplit ? 6 : 4;  // in which four tiles are multiplied
 
-  static void ask_ahead(const Matrix &x, int64_t at) {
-    ask(x.p + at + kAhead), ask(x.g + at + kAhead), ask(x.m + at + kAhead), ask(x.v + at + kAhead);
+  static int64_t deep(const Matrix &x) { return blocks(x.cols, 32); }
+  static int64_t tiles(const Matrix &x) { return blocks(x.rank, 64) * 4; }  // four at a time
+
+  // Right factors as second operands: 16 pairs of columns times 16 factors a tile.
+  void pack_right(const Matrix &x) {
+    for (int64_t t = 0; t < tiles(x); t++) {  // few rows at a time, which memory brings on its own
+      for (int64_t d = 0; d < deep(x); d++) {
+        Pair columns[kSide];
+        for (int i = 0; i < kSide; i++) {
+          const int64_t k = t * kSide + i, left = k < x.rank ? x.cols - d * 32 : 0;
+          const float *row = x.right + k * x.cols + d * 32;
+          columns[i] = split(_mm512_maskz_loadu_ps(mask(left), row),
+                             _mm512_maskz_loadu_ps(mask(left - kSide), row + kSide));
+        }
+        store_tile(columns, right_, (d * tiles(x) + t) * kTile);
+      }
+    }
   }
 
-  Pair chunk(const Matrix &x, int64_t row, int64_t col, __m512 &squares) {
+  // Left factors of 16 rows next to one another, which elsewhere have a page each.
+  void pack_left(const Chunk &chunk) {
+    const Matrix &x = *chunk.matrix;
+    for (int64_t k = 0; k < x.rank; k++) {
+      const float *from = x.left + k * x.rows + chunk.first;
+      for (int64_t row = 0; row < chunk.size; row += kSide) {
+        const __m512 some = _mm512_maskz_loadu_ps(mask(chunk.size - row), from + row);
+        _mm512_store_ps(lefts(row) + k * kSide, some);
+      }
+    }
+  }
+
+  float *lefts(int64_t row) { return left_.at(row * (shared_.most.rank + 1)); }
+
+  // Step 16 rows, and meanwhile take the products of the 16 rows before.
+  void strip(int64_t first, int64_t rows) {
+    const Matrix &x = *x_;
+    const int64_t parts = rows * deep(x), steps = steps_;
+    int64_t owed = 0;
+    for (int64_t r = 0; r < kSide; r++) {
+      __m512 squares = _mm512_setzero_ps();
+      for (int64_t d = 0; d < deep(x); d++) {
+        const int64_t at = d * kApart + r * 32;
+        const Pair step = r < rows ? some(x, (first + r) * x.cols, d * 32, squares) : Pair{};
+        now_.store(at, step.hi, step.lo);
+        for (owed += steps; owed >= parts && steps_ > 0; owed -= parts) multiply();
+      }
+      sums_[shared_.most.rank] += _mm512_reduce_add_ps(squares);
+    }
+    while (steps_ > 0) multiply();
+  }
+
+  static void ask_ahead(const Matrix &x, int64_t at) {
+    ask_closer(x.p + at + kAhead), ask_closer(x.g + at + kAhead);
+    ask_closer(x.m + at + kAhead), ask_closer(x.v + at + kAhead);
+  }
+
+  Pair some(const Matrix &x, int64_t row, int64_t col, __m512 &squares) {
     const int64_t left = x.cols - col, at = row + col;
     ask_ahead(x, at), ask_ahead(x, at + kSide);
     const __m512 one = adamw(x, at, mask(left), shared_.scalars);
@@ -108,17 +108,18 @@ class Propose {
     return split(one, two);
   }
 
-  void begin(const Group::Part &part, int64_t first, double *sums) {
+  // From now on the products are those of the rows that have just been stepped.
+  void begin(int64_t row) {
     std::swap(now_, before_);
-    part_ = &part, first_ = first, sums_ = sums, d_ = quad_ = step_ = 0;
-    steps_ = deep(*part.matrix) * tiles(*part.matrix) / 4 * kSteps;
+    row_ = row, d_ = quad_ = step_ = 0;
+    steps_ = deep(*x_) * tiles(*x_) / 4 * kSteps;
   }
 
   // One of the steps in which 16 rows times 32 columns of s meet 64 factors.
   void multiply() {
-    const Matrix &x = *part_->matrix;
-    const int64_t at = part_->at + (d_ * tiles(x) + quad_ * 4) * kTile;
-    const uint16_t *hi = shared_.factors.hi.at(at), *lo = shared_.factors.lo.at(at);
+    const Matrix &x = *x_;
+    const int64_t at = (d_ * tiles(x) + quad_ * 4) * kTile;
+    const uint16_t *hi = right_.hi.at(at), *lo = right_.lo.at(at);
     steps_--;
     switch (step_++) {
       case 0:
@@ -166,28 +167,29 @@ class Propose {
     if (++d_ == deep(x)) sum_rows(x), d_ = 0, quad_++;
   }
 
-  // c_k of a strip: the sum over its rows r of left_kr (s R^T)_rk.
+  // c_k of 16 rows r: the sum of left_kr (s R^T)_rk.
   void sum_rows(const Matrix &x) {
     alignas(64) float image[4][kSide * kSide];
     _tile_stored(0, image[0], 64);
     _tile_stored(1, image[1], 64);
     _tile_stored(2, image[2], 64);
     _tile_stored(3, image[3], 64);
-    const __mmask16 rows = mask(x.rows - first_);
+    const float *left = lefts(row_);
     for (int64_t k = quad_ * 64, t = 0; t < 4; t++) {
       __m512i columns[kSide];
       for (int i = 0; i < kSide; i++) columns[i] = _mm512_load_si512(image[t] + kSide * i);
       transpose(columns);
       for (int i = 0; i < kSide && k < x.rank; i++, k++) {
-        const __m512 left = _mm512_maskz_loadu_ps(rows, x.left + k * x.rows + first_);
-        sums_[k] = _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(columns[i]), left));
+        const __m512 by_row = _mm512_castsi512_ps(columns[i]);
+        sums_[k] += _mm512_reduce_add_ps(_mm512_mul_ps(by_row, _mm512_load_ps(left + k * kSide)));
       }
     }
   }
 
-  void flat(const Matrix &x, int64_t number, double *sums) {
+  void flat(const Chunk &chunk) {
     alignas(64) float step[kFlat];
-    const int64_t first = number * kFlat, size = std::min(kFlat, x.rows * x.cols - first);
+    const Matrix &x = *chunk.matrix;
+    const int64_t first = chunk.first, size = chunk.size;
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += kSide) {
       ask_ahead(x, first + i);
@@ -195,7 +197,7 @@ class Propose {
       squares = _mm512_fmadd_ps(s, s, squares);
       _mm512_store_ps(step + i, s);
     }
-    sums[shared_.width - 1] = _mm512_reduce_add_ps(squares);
+    sums_[shared_.most.rank] = _mm512_reduce_add_ps(squares);
     for (int64_t k = 0; k < x.rank; k++) {
       __m512 along = _mm512_setzero_ps();
       const float *right = x.right + k * x.cols + first;
@@ -203,14 +205,16 @@ class Propose {
         const __m512 factor = _mm512_maskz_loadu_ps(mask(size - i), right + i);
         along = _mm512_fmadd_ps(factor, _mm512_load_ps(step + i), along);
       }
-      sums[k] = double(_mm512_reduce_add_ps(along)) * x.left[k];
+      sums_[k] = double(_mm512_reduce_add_ps(along)) * x.left[k];
     }
   }
 
   Proposed &shared_;
-  Halves now_, before_;  // steps of a strip, as tiles
-  const Group::Part *part_ = nullptr;
-  int64_t first_ = 0, d_ = 0, quad_ = 0, steps_ = 0;
+  Halves right_;
+  Buffer<float> left_;   // of a chunk: for every 16 rows all factors
+  Halves now_, before_;  // steps of 16 rows, as tiles
+  const Matrix *x_ = nullptr;
+  int64_t row_ = 0, d_ = 0, quad_ = 0, steps_ = 0;
   int step_ = 0;
   double *sums_ = nullptr;
 };

@@ -16,9 +16,8 @@ namespace {
 constexpr int64_t kSide = 16;             // rows of a tile, and numbers of a vector
 constexpr int64_t kTile = 512;            // bf16 numbers of a tile: 16 rows of 32
 constexpr int64_t kApart = kTile + 32;    // between tiles that would else share cache sets
-constexpr int64_t kGroup = 1 << 19;       // packed numbers of the matrices that are done together
+constexpr int64_t kRows = 512;            // of a chunk of a matrix
 constexpr int64_t kAhead = 256;            // numbers that memory is asked for beforehand
-constexpr int64_t kNext = 128;            // the same, of a factor that is packed
 
 __mmask16 mask(int64_t left) {
   return left >= kSide ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
@@ -28,11 +27,19 @@ void ask(const void *address) {
   _mm_prefetch(static_cast<const char *>(address), _MM_HINT_T1);
 }
 
+void ask_closer(const void *address) {
+  _mm_prefetch(static_cast<const char *>(address), _MM_HINT_T0);
+}
+
 #if defined(SAFEOPT_BF16)
 constexpr bool kSplit = false;  // a number enters a product as bf16
 #else
 constexpr bool kSplit = true;  // as the sum of two
 #endif
+
+struct Pair {
+  __m512i hi, lo;
+};
 
 // hi and, if numbers are split, lo of the same numbers.
 struct Halves {
@@ -43,10 +50,6 @@ struct Halves {
     _mm512_store_si512(hi.at(at), high);
     if (kSplit) _mm512_store_si512(lo.at(at), low);
   }
-};
-
-struct Pair {
-  __m512i hi, lo;
 };
 
 __m512 widened(__m256i bf16) {
@@ -101,15 +104,17 @@ void store_tile(Pair columns[kSide], Halves &halves, int64_t at) {
   for (int i = 0; i < kSide; i++) halves.store(at + 32 * i, hi[i], lo[i]);
 }
 
-void configure_tiles() {  // eight tiles of 16 rows of 64 bytes
-  struct {
-    uint8_t palette = 1, start = 0, unused[14] = {};
-    uint16_t width[16] = {};
-    uint8_t rows[16] = {};
-  } tiles;
-  for (int i = 0; i < 8; i++) tiles.width[i] = 64, tiles.rows[i] = 16;
-  _tile_loadconfig(&tiles);
-}
+// Eight tiles of 16 rows of 64 bytes. A constant, since GCC takes the instruction to read no more
+// than eight bytes of it and may set what a function fills in after them.
+struct Tiles {
+  uint8_t palette, start, unused[14];
+  uint16_t width[16];
+  uint8_t rows[16];
+};
+constexpr Tiles kTiles = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+void configure_tiles() { _tile_loadconfig(&kTiles); }
 
 // One vector of AdamW; returns the step that was stored, p_after - p_before.
 inline __m512 adamw(const Matrix &x, int64_t at, __mmask16 k, const Scalars &a) {

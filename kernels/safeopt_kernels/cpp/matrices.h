@@ -33,6 +33,7 @@ int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block;
 // Norms and biases, and what has no factors, are done as rows.
 bool is_flat(const Matrix &x) { return x.rows == 1 || x.rank == 0; }
 
+// Numbers whose values nobody has set yet.
 template <class T>
 class Buffer {
  public:
@@ -40,7 +41,9 @@ class Buffer {
     const size_t bytes = blocks(size * sizeof(T) + 1, 4096) * 4096;
     data_ = static_cast<T *>(aligned_alloc(4096, bytes));
     if (data_ == nullptr) abort();
-    memset(data_, 0, bytes);
+#if defined(SAFEOPT_POISON)
+    memset(data_, 0xff, bytes);  // NaN in every type that is used here
+#endif
   }
   Buffer(Buffer &&other) : data_(std::exchange(other.data_, nullptr)) {}
   Buffer &operator=(Buffer &&other) {
