@@ -338,7 +338,8 @@ class Guard:
         ``safety/anchor_loss`` and ``safety/violation`` (nats, means over the last refresh's
         anchors), ``safety/removed_fraction`` (||G^T a|| / ||s|| of the tangent move),
         ``safety/retraction_ratio`` (||v|| / ||s||), ``safety/leak`` (||U^T d|| / ||d|| of the
-        stored weights, measured after a refresh), ``safety/rank`` (k), ``safety/captured_energy``
+        stored weights, measured after a refresh; to 5e-4 where torch rounds what it multiplies to
+        bf16, after ``torch.set_float32_matmul_precision("medium")``), ``safety/rank`` (k), ``safety/captured_energy``
         (share of the gradient energy that compression kept, mean), ``safety/sketch_mb``,
         ``safety/basis_age`` (steps), ``safety/refreshes`` (their number), ``safety/brake`` (factor
         on the learning rate), ``safety/refresh_ms`` and ``safety/step_ms`` (milliseconds of the
