@@ -339,12 +339,12 @@ class Guard:
         anchors), ``safety/removed_fraction`` (||G^T a|| / ||s|| of the tangent move),
         ``safety/retraction_ratio`` (||v|| / ||s||), ``safety/leak`` (||U^T d|| / ||d|| of the
         stored weights, measured after a refresh; to 5e-4 where torch rounds what it multiplies to
-        bf16, after ``torch.set_float32_matmul_precision("medium")``), ``safety/rank`` (k), ``safety/captured_energy``
-        (share of the gradient energy that compression kept, mean), ``safety/sketch_mb``,
-        ``safety/basis_age`` (steps), ``safety/refreshes`` (their number), ``safety/brake`` (factor
-        on the learning rate), ``safety/refresh_ms`` and ``safety/step_ms`` (milliseconds of the
-        last refresh and of the last step beyond the base optimizer; kernels do both at once and
-        count whole).
+        bf16, after ``torch.set_float32_matmul_precision("medium")``), ``safety/rank`` (k),
+        ``safety/captured_energy`` (share of the gradient energy that compression kept, mean),
+        ``safety/sketch_mb``, ``safety/basis_age`` (steps), ``safety/refreshes`` (their number),
+        ``safety/brake`` (factor on the learning rate), ``safety/refresh_ms`` and
+        ``safety/step_ms`` (milliseconds of the last refresh and of the last step beyond the base
+        optimizer; kernels do both at once and count whole).
         """
         metrics = self._metrics | self._schedule.metrics() | {"safety/brake": self.brake}
         if self._frame is not None:
