@@ -1,12 +1,12 @@
 // AdamW less a low-rank part, for CPUs with AVX512-BF16 and AMX tiles: two passes over memory.
 //
 // Pass 1 steps a strip of 16 rows and puts the step aside in bf16, and meanwhile multiplies the
-// strip before it with the right factors; pass 2 subtracts the low-rank part of 32 rows, and
-// meanwhile multiplies the next columns. So the tile unit works while the other waits for memory.
+// strip before it with the right factors; pass 2 subtracts the low-rank part of 32 rows, 32 columns
+// at a time, while memory brings the next ones. So the tile unit does not wait for memory.
 // A float32 number x goes into a product as hi + lo with hi = bf16(x), lo = bf16(x - hi), and a
 // product is hi hi + lo hi + hi lo, summed in float32: 16 bits of each factor count. With
-// SAFEOPT_BF16 it is hi hi alone. Every 512 rows have sums of their own, added in their order afterwards:
-// no bit depends on the number of threads.
+// SAFEOPT_BF16 it is hi hi alone. Every 512 rows have sums of their own, added in their order
+// afterwards: no bit depends on the number of threads.
 //
 // Plain C functions at the end, called through ctypes: compiling this takes a second or two.
 

@@ -154,7 +154,8 @@ class Apply {
       __m512 change = _mm512_setzero_ps();
       for (int64_t k = 0; k < x.rank; k++) {
         const __m512 factor = _mm512_set1_ps(shared_.weight(x, k) * x.left[k]);
-        change = _mm512_fmadd_ps(factor, _mm512_maskz_loadu_ps(m, x.right + k * x.cols + i), change);
+        const __m512 right = _mm512_maskz_loadu_ps(m, x.right + k * x.cols + i);
+        change = _mm512_fmadd_ps(factor, right, change);
       }
       _mm512_mask_storeu_ps(x.p + i, m, _mm512_sub_ps(_mm512_maskz_loadu_ps(m, x.p + i), change));
     }

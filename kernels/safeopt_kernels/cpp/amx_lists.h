@@ -5,8 +5,8 @@
 
 namespace {
 
-// Rows of a matrix, or numbers of what is done as rows: what a thread does before it takes another.
-// It packs the factors for itself: lines that another core has just written come slower than memory.
+// Rows of a matrix, or numbers of what is done as rows, that one thread does. It packs the factors
+// for itself: lines that another core has just written come slower than memory.
 struct Chunk {
   const Matrix *matrix;
   int64_t first, size;
