@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from safeopt.anchors import IGNORED, AnchorBatch, Anchors
 from safeopt.geometry.capture import layer_input, logits_of
 from safeopt.geometry.coverage import Site, device_of
-from safeopt.isolation import undisturbed
+from safeopt.isolation import autocast, undisturbed
 
 Positions = Literal["all", "content", "reply"]
 
@@ -56,7 +56,11 @@ def _run(
     """One forward pass that leaves no trace; calls ``record(site, input)`` for each site."""
 
     def hook(site: Site) -> Callable[..., None]:
-        return lambda _, *given: record(site, layer_input(*given).detach())
+        def read(_: nn.Module, *given: Any) -> None:
+            with autocast(model, {}):  # the model's forward may cast, and we are inside it
+                record(site, layer_input(*given).detach())
+
+        return read
 
     handles = [
         site.module.register_forward_pre_hook(hook(site), with_kwargs=True) for site in sites

@@ -208,6 +208,15 @@ def test_measuring_leaves_no_trace(model: nn.Module) -> None:
     assert all(torch.equal(before[n], p) and p.grad is None for n, p in model.named_parameters())
 
 
+def test_autocast_in_the_models_forward_does_not_round_what_is_measured() -> None:
+    """Accelerate wraps a prepared model's forward so."""
+    model, anchors = zoo.llama(), few_anchors()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    subspace = InputSubspace.measure(model, anchors, energy=1.0, rank=None)
+    held = subspace.captured(model, anchors, [0, 1])
+    torch.testing.assert_close(held, torch.ones(2), atol=1e-5, rtol=0)
+
+
 def test_captured_energy_is_that_of_the_projected_tokens() -> None:
     model = zoo.llama().double().eval()
     anchors = zoo.random_anchors(count=6)
