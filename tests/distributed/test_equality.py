@@ -48,4 +48,4 @@ def test_lists_take_empty_shards(kernels: str) -> None:
         pytest.skip(obstacle)
     expected = train("single", "lora-llama")
     for found in run_ranks(3, train_by_lists, kernels, "lora-llama"):
-        assert_equal(found, expected, atol=5e-6)
+        assert_equal(found, expected, atol=1e-5)  # what a step leaks that AMX tiles have taken
