@@ -289,7 +289,9 @@ class Guard:
 
     def correction(self, momentum: Momentum) -> LevelSetCorrection:
         """Begin the tangent and retraction moves of one step."""
-        return LevelSetCorrection(self, self.frame.blank(self.ranks, self._parameters()), momentum)
+        parameters = self._parameters()
+        ranks = Ranks.of(parameters, self._process_group)
+        return LevelSetCorrection(self, self.frame.blank(ranks, parameters), momentum)
 
     def tangent_weights(self, coefficients: Tensor) -> Tensor:
         """Return a of the tangent move s - G^T a for c = G s, (N,); zero when switched off."""

@@ -39,6 +39,7 @@ BF16 = torch.bfloat16
 BASE = "fused AdamW, no guard"
 NATIVE = "strips in C++"
 NATIVE_BF16 = "strips in C++, bf16 products"
+LOOK = "gradients looked at"
 
 
 @dataclass
@@ -245,7 +246,7 @@ def parts_of(problem: Problem) -> dict[str, Callable[[], object]]:
         ops.low_rank_apply_(p, *factors, problem.weights)
 
     return {
-        "gradients looked at": lambda: kernels.all_finite(problem.g),
+        LOOK: lambda: kernels.all_finite(problem.g),
         "pass 1 without factors": lambda: ops.adamw_propose_(*lists, *none, count, ADAMW),
         "pass 1": propose,
         "pass 1, bf16 products": rounding()(propose),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.compiled import TARGETS
+from benchmarks.kernels.cpu_variants import BASE, LOOK, NATIVE, NATIVE_BF16
 from benchmarks.markdown import fill
 from safeopt.files import write_text
 
@@ -129,6 +130,53 @@ def sketch_table(result: Facts) -> str:
     return _markdown(head, rows)
 
 
+def ways_table(amx: Facts, vectors: Facts) -> str:
+    """Processor time over fused AdamW of every way to step on a CPU, without and with tiles."""
+    rows = [
+        (
+            f"**{way}**" if way in (NATIVE, NATIVE_BF16) else way,
+            f"{ratio:.2f}",
+            f"{vectors['over_fused'][way]:.2f}",
+            f"{vectors['coefficient_error'][way]:.0e}",
+        )
+        for way, ratio in amx["over_fused"].items()
+        if way != BASE
+    ]
+    return _markdown(("way", *_CPUS, "error of c"), rows)
+
+
+def parts_table(amx: Facts, vectors: Facts) -> str:
+    """Clock time over fused AdamW of what the step in C++ consists of."""
+    rows = [
+        (part, f"{ratio:.2f}", f"{vectors['parts_over_fused'][part]:.2f}", f"{_bytes(part):.2f}")
+        for part, ratio in amx["parts_over_fused"].items()
+    ]
+    return _markdown(("part", *_CPUS, "bytes over its 28"), rows)
+
+
+def _bytes(part: str) -> float:
+    """What a part reads and writes of fp32 weights, gradients and moments, over 28 bytes."""
+    if part.startswith("pass 1"):
+        return 1.0
+    return (4 if part == LOOK else 8) / 28
+
+
+def step_table(steps: Mapping[str, Sequence[Facts | None]]) -> str:
+    """Whole guarded steps over fused AdamW, and how much faster than the first reference."""
+    rows = [
+        (
+            products,
+            *(f"{one['guarded_over_fused']:.2f}" if one else "" for one in found),
+            ", ".join(f"{one['first_over_guarded']:.1f} x" for one in found if one),
+        )
+        for products, found in steps.items()
+    ]
+    return _markdown(("products", *_CPUS, "as fast as the first reference"), rows)
+
+
+_CPUS = ("Xeon, AMX", "EPYC, AVX-512")
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -137,12 +185,24 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def parts() -> dict[str, str]:
     """Every generated part of the page by the name of its markers."""
     registers = _read("registers.json")
+    cpus = _read("cpu_variants.json"), _read("cpu_variants-avx512.json")
+    steps: dict[str, Sequence[Facts | None]] = {
+        "fp32, or of halves": (_read("paired.json"), _read("paired-avx512.json")),
+        "bf16 (`--precision medium`)": (
+            _read("paired-bf16.json"),
+            _read("paired-avx512-bf16.json"),
+        ),
+        "plain torch": (None, _read("paired-torch.json")),
+    }
     return {
         "forms": compile_summary(registers),
         "registers": register_table(registers),
         "bytes": bytes_table(_read("moved.json")),
         "providers": provider_table(_read("run-cpu.json")),
         "sketch": sketch_table(_read("sketch.json")),
+        "cpu ways": ways_table(*cpus),
+        "cpu parts": parts_table(*cpus),
+        "cpu steps": step_table(steps),
     }
 
 

@@ -73,13 +73,6 @@ AVX2 = Build("vectors.cpp", ("fma", "avx2"))
 _BUILDS = (AMX_BF16, AVX512_BF16, AMX, AVX512, AVX2)  # the fastest first
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("p", "g", "m", "v", "left", "right")),
-        *((name, c_int64) for name in ("rows", "cols", "rank")),
-    ]
-
-
 class _Scalars(ctypes.Structure):
     _fields_ = [(f"scalar{i}", c_float) for i in range(8)]
 
@@ -165,7 +158,7 @@ def _fastest(rounding: bool) -> ctypes.CDLL:
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, told the types of its functions' arguments."""
-    matrices, double = POINTER(_Matrix), POINTER(c_double)
+    matrices, double = POINTER(c_int64), POINTER(c_double)
     library.propose.argtypes = [
         matrices, c_int64, c_int64, POINTER(_Scalars), c_int, double, double
     ]  # fmt: skip
@@ -219,11 +212,14 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     return bool(_library().all_finite(pointers, sizes, len(tensors), torch.get_num_threads()))
 
 
-def _matrices(pieces: Sequence[Piece]) -> ctypes.Array[_Matrix]:
-    return (_Matrix * len(pieces))(*(_matrix(piece) for piece in pieces))
+def _matrices(pieces: Sequence[Piece]) -> ctypes.Array[c_int64]:
+    """What the C++ calls a Matrix, of each: six addresses and three sizes, all of 64 bits."""
+    words = [word for piece in pieces for word in _words(piece)]
+    return (c_int64 * len(words))(*words)
 
 
-def _matrix(piece: Piece) -> _Matrix:
-    tensors = (piece.p, piece.g, piece.m, piece.v, piece.left, piece.right)
-    rank = 0 if piece.left is None else piece.left.shape[0] * piece.left.shape[1]
-    return _Matrix(*(None if t is None else t.data_ptr() for t in tensors), *piece.shape, rank)
+def _words(piece: Piece) -> list[int]:
+    p, left, right = piece.p, piece.left, piece.right
+    rank = 0 if left is None else left.shape[0] * left.shape[1]
+    tensors = (p, piece.g, piece.m, piece.v, left, right)
+    return [*[0 if t is None else t.data_ptr() for t in tensors], *p.shape, rank]

@@ -165,8 +165,9 @@ def _check(
 ) -> None:
     """Raise if lists differ in length, matrices in shape, or factors do not fit."""
     dispatch.check_local([*p, *left, *right, *(t for ts in likes.values() for t in ts)])
+    shapes = [t.shape for t in p]
     for name, tensors in likes.items():
-        if tensors and [t.shape for t in tensors] != [t.shape for t in p]:
+        if tensors and [t.shape for t in tensors] != shapes:
             raise ValueError(f"{name} must have the shapes of p, matrix by matrix")
         dtypes = {t.dtype for t in (tensors if name in ("m", "v") else [*p, *tensors])}
         if len(dtypes) > 1:

@@ -119,7 +119,8 @@ class Entry:
 
     def like(self, tensor: Tensor) -> Tensor:
         """Another tensor of the parameter as (rows, cols)."""
-        return local(tensor).view(self.p.shape)
+        part, shape = local(tensor), self.p.shape
+        return part if part.shape == shape else part.view(shape)
 
     def shaped(self, matrix: Tensor) -> Tensor:
         """A (rows, cols) matrix in the shape of the local parameter."""
