@@ -278,7 +278,7 @@ class Guard:
         """Refresh when due or when other parameters train; raises before anything has changed."""
         if self._is_due or self.frame.names != names:
             self.refresh(names)
-        self._frame = self.frame.placed(self._parameters())
+        self._frame = self.frame.placed(self._parameters)
 
     @property
     def _is_due(self) -> bool:

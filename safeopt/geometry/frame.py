@@ -67,11 +67,11 @@ class Frame:
         gram, has_silence = sharding.gram(sketch, ranks, parameters())
         return cls(tuple(anchors), names, sketch, gram, keep(gram), has_silence)
 
-    def placed(self, parameters: Parameters) -> Frame:
-        """The frame of the rows that this process holds."""
+    def placed(self, parameters: Callable[[], Parameters]) -> Frame:
+        """The frame of the rows that this process holds; every step asks."""
         if not self.is_whole:
             return self
-        return replace(self, sketch=sharding.keep(self.sketch, parameters), is_whole=False)
+        return replace(self, sketch=sharding.keep(self.sketch, parameters()), is_whole=False)
 
     def blank(self, ranks: Ranks, parameters: Parameters) -> Callable[[], sharding.Coordinates]:
         """A maker of empty coordinates over this frame."""
