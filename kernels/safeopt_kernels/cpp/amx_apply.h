@@ -13,6 +13,24 @@ struct Applied {
   float weight(const Matrix &x, int64_t k) const { return weights[k / (x.rank / anchors)]; }
 };
 
+// Columns of a strip that memory is asked for a few rows at a time, so that it is busy while tiles
+// are: more requests at once than a core can hold make it wait.
+class Soon {
+ public:
+  Soon(const float *first, int64_t apart, int64_t rows) : at_(first), apart_(apart), rows_(rows) {}
+
+  void ask_for(int64_t some) {
+    for (; some > 0 && rows_ > 0; some--, rows_--, at_ += apart_) {
+      ask_closer(at_);
+      ask_closer(at_ + kSide);
+    }
+  }
+
+ private:
+  const float *at_;
+  int64_t apart_, rows_;
+};
+
 class Apply {
  public:
   explicit Apply(Applied &shared)
@@ -87,30 +105,36 @@ class Apply {
   void strip(int64_t row, int64_t rows, float *p) {
     const int64_t pairs = blocks(x_->cols, 32);
     for (int64_t pair = 0; pair < pairs; pair++) {
-      multiply(row, pair);
+      multiply(row, pair, Soon(p + pair * 32 + kSoon, x_->cols, rows));
       add(*x_, p, pair, rows);
     }
   }
 
-  // The change of 32 columns. It is taken while memory brings the columns before.
-  void multiply(int64_t row, int64_t pair) {
+  // The change of 32 columns. It is taken while memory brings those that come soon.
+  void multiply(int64_t row, int64_t pair, Soon soon) {
     float *target = changes_.at(0);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     const int64_t tiles = deep(*x_), below = tiles * kTile;
+    const int64_t some = blocks(kStrip, tiles * (kSplit ? 3 : 1));
     for (int64_t d = 0; d < tiles; d++) {
       const int64_t left = row * tiles * 32 + d * kTile;
       const int64_t one = (2 * pair * tiles + d) * kTile, two = one + below;
       _tile_loadd(6, right_.hi.at(one), 64);
       _tile_loadd(7, right_.hi.at(two), 64);
-      if (kSplit) multiply_by(left_.lo.at(left), below);
+      if (kSplit) {
+        multiply_by(left_.lo.at(left), below);
+        soon.ask_for(some);
+      }
       multiply_by(left_.hi.at(left), below);
+      soon.ask_for(some);
       if (!kSplit) continue;
       _tile_loadd(6, right_.lo.at(one), 64);
       _tile_loadd(7, right_.lo.at(two), 64);
       multiply_all();
+      soon.ask_for(some);
     }
     _tile_stored(0, target, 128);
     _tile_stored(1, target + kSide, 128);
@@ -137,7 +161,6 @@ class Apply {
     const __mmask16 k0 = mask(x.cols - pair * 32), k1 = mask(x.cols - pair * 32 - kSide);
     p += pair * 32;
     for (int64_t r = 0; r < rows; r++, p += x.cols, change += 32) {
-      ask(p + kSoon);  // the CPU brings its neighbour with it
       const __m512 one = _mm512_add_ps(_mm512_maskz_loadu_ps(k0, p), _mm512_load_ps(change));
       const __m512 two =
           _mm512_add_ps(_mm512_maskz_loadu_ps(k1, p + kSide), _mm512_load_ps(change + kSide));
