@@ -74,12 +74,12 @@ def autocast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> Iterator[No
 
 def autocasts(model: nn.Module) -> dict[str, torch.dtype]:
     """Where torch casts at present, among the model's devices, and to what."""
-    devices = {p.device.type for p in model.parameters()}
-    return {
-        device: torch.get_autocast_dtype(device)
-        for device in devices
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    }
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    casting = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
+    # A step asks, and walks no model where nothing casts.
+    devices = {p.device.type for p in model.parameters()} if casting else set()
+    return {kind: torch.get_autocast_dtype(kind) for kind in casting if kind in devices}
 
 
 def _uncompiled() -> Any:

@@ -56,7 +56,8 @@ def adamw_propose_(
     _check(p, {"g": g, "m": m, "v": v, "step": step}, left, right, count)
     if not p:
         return torch.zeros(count, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    result: tuple[Tensor, Tensor] = torch.ops.safeopt_kernels.adamw_propose_(
+    result: tuple[Tensor, Tensor] = dispatch.call(
+        _propose, torch.ops.safeopt_kernels.adamw_propose_, [*p, *m, *v, *step],
         list(p), list(g), list(m), list(v), list(left), list(right), list(step), count,
         adamw.lr, adamw.beta1, adamw.beta2, adamw.eps, adamw.weight_decay, adamw.step,
     )  # fmt: skip
@@ -95,7 +96,8 @@ def low_rank_apply_(
     _check(p, {"step": step, "compensation": compensation}, left, right, len(weights))
     _check_rounding(p, step, rounding, compensation)
     seed = seed or Seed()
-    torch.ops.safeopt_kernels.low_rank_apply_(
+    dispatch.call(
+        _apply, torch.ops.safeopt_kernels.low_rank_apply_, [*p, *compensation],
         list(p), list(left), list(right), weights, list(step), list(compensation),
         list(range(len(p)) if numbers is None else numbers),
         ROUNDINGS.index(rounding), seed.seed, seed.step,
@@ -224,13 +226,6 @@ _BUFFER = "it takes the steps in the weights, and these have a buffer of their o
 # -- operators ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "safeopt_kernels::adamw_propose_",
-    mutates_args=("p", "m", "v", "step"),
-    schema="(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor(c!)[] v, Tensor[] left, "
-    "Tensor[] right, Tensor(d!)[] step, int count, float lr, float beta1, float beta2, "
-    "float eps, float weight_decay, int t) -> (Tensor, Tensor)",
-)
 def _propose(
     p: list[Tensor],
     g: list[Tensor],
@@ -270,7 +265,14 @@ def _propose(
     return c, squared_norm
 
 
-@_propose.register_fake
+@torch.library.custom_op(
+    "safeopt_kernels::adamw_propose_",
+    _propose,
+    mutates_args=("p", "m", "v", "step"),
+    schema="(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor(c!)[] v, Tensor[] left, "
+    "Tensor[] right, Tensor(d!)[] step, int count, float lr, float beta1, float beta2, "
+    "float eps, float weight_decay, int t) -> (Tensor, Tensor)",
+).register_fake
 def _(p: list[Tensor], *rest: object) -> tuple[Tensor, Tensor]:
     count = rest[6]
     assert isinstance(count, int)
@@ -278,12 +280,6 @@ def _(p: list[Tensor], *rest: object) -> tuple[Tensor, Tensor]:
     return torch.empty(count, **wide), torch.empty((), **wide)  # type: ignore[call-overload]
 
 
-@torch.library.custom_op(
-    "safeopt_kernels::low_rank_apply_",
-    mutates_args=("p", "compensation"),
-    schema="(Tensor(a!)[] p, Tensor[] left, Tensor[] right, Tensor weights, Tensor[] step, "
-    "Tensor(b!)[] compensation, int[] numbers, int rounding, int seed, int t) -> ()",
-)
 def _apply(
     p: list[Tensor],
     left: list[Tensor],
@@ -314,7 +310,13 @@ def _apply(
     return None
 
 
-@_apply.register_fake
+@torch.library.custom_op(
+    "safeopt_kernels::low_rank_apply_",
+    _apply,
+    mutates_args=("p", "compensation"),
+    schema="(Tensor(a!)[] p, Tensor[] left, Tensor[] right, Tensor weights, Tensor[] step, "
+    "Tensor(b!)[] compensation, int[] numbers, int rounding, int seed, int t) -> ()",
+).register_fake
 def _(*arguments: object) -> None:
     return None
 

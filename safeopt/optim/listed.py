@@ -100,6 +100,7 @@ class Entry:
         rest: the anchors' gradients that have no such factors, as those of embedding rows.
         step: the step, shaped as p, where it waits in a buffer; None where the weights hold it.
         state: the optimizer's state of the parameter, once it takes part in this step.
+        t: number of the step; 0 without a gradient.
     """
 
     name: str
@@ -111,11 +112,7 @@ class Entry:
     rest: tuple[Block, ...]
     step: Tensor | None = None
     state: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def t(self) -> int:
-        """Number of the step; 0 without a gradient."""
-        return int(self.state.get("step", 0))
+    t: int = 0
 
     def like(self, tensor: Tensor) -> Tensor:
         """Another tensor of the parameter as (rows, cols)."""
@@ -193,6 +190,7 @@ class Lists:
             entry.state = state = self._optimizer.state[p]
             self._precision.settle(p, state)
             state["step"] = state["step"].cpu() + 1  # read on the host, where no one waits for it
+            entry.t = int(state["step"])
             counts = self._correction.counts(entry.name)
             kind = (entry.t, p.dtype, state["exp_avg"].dtype, counts)
             lists.setdefault(kind, []).append(entry)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -252,6 +253,34 @@ def test_compiled_function_calls_the_operators() -> None:
     for name in ("p", "m", "v", "step"):
         for a, b in zip(getattr(plain, name), getattr(compiled, name), strict=True):
             assert torch.equal(a, b), name
+
+
+def test_a_call_that_nothing_watches_does_what_the_operator_does() -> None:
+    def step(lists: Lists) -> Tensor:
+        c, norm = lists.propose()
+        ops.low_rank_apply_(lists.p, lists.left, lists.right, 1e-3 * c, lists.step)
+        return torch.cat([c, norm[None]])
+
+    watched, alone = (Lists.random(11, [(20, 30), (1, 8)], 2, 3, torch.float32) for _ in range(2))
+    changed = [*alone.p, *alone.m, *alone.v, *alone.step]
+    versions = [tensor._version for tensor in changed]
+    with torch.enable_grad():  # then autograd wants the operator
+        expected = step(watched)
+    with torch.no_grad():
+        assert torch.equal(step(alone), expected)
+    assert all(t._version > before for t, before in zip(changed, versions, strict=True))
+    for a, b in zip([*watched.p, *watched.m, *watched.v, *watched.step], changed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fake_tensors_are_left_to_the_operator() -> None:
+    lists = Lists.random(12, [(20, 30)], 2, 3, torch.float32)
+    with FakeTensorMode() as mode, torch.no_grad():
+        for name, tensors in vars(lists).items():
+            setattr(lists, name, [mode.from_tensor(tensor) for tensor in tensors])
+        c, norm = lists.propose()
+    assert (type(c), type(norm)) == (FakeTensor, FakeTensor)
+    assert c.shape == (2,)
 
 
 @pytest.mark.parametrize("operator", ["adamw_propose_", "low_rank_apply_", "adamw_onesided_"])
