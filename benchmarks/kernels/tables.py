@@ -6,6 +6,7 @@ python -m benchmarks.kernels.tables
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -162,16 +163,23 @@ def _bytes(part: str) -> float:
 
 
 def step_table(steps: Mapping[str, Sequence[Facts | None]]) -> str:
-    """Whole guarded steps over fused AdamW, and how much faster than the first reference."""
+    """Whole guarded steps over fused AdamW, with quartiles, and the first reference over them."""
     rows = [
         (
             products,
-            *(f"{one['guarded_over_fused']:.2f}" if one else "" for one in found),
+            *(_spread(one) if one else "" for one in found),
             ", ".join(f"{one['first_over_guarded']:.1f} x" for one in found if one),
         )
         for products, found in steps.items()
     ]
     return _markdown(("products", *_CPUS, "as fast as the first reference"), rows)
+
+
+def _spread(paired: Facts) -> str:
+    seconds = paired["seconds"]
+    turns = [a / b for a, b in zip(seconds["guarded"], seconds["fused"], strict=True)]
+    low, _, high = statistics.quantiles(turns, n=4)
+    return f"{paired['guarded_over_fused']:.2f} ({low:.2f} to {high:.2f})"
 
 
 _CPUS = ("Xeon, AMX", "EPYC, AVX-512")
