@@ -9,7 +9,9 @@ transcripts. ``aligned`` must have run before ``safe_adamw``: it writes the anch
 from __future__ import annotations
 
 import argparse
+import logging
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,17 @@ from safeopt.evaluation import evaluate, judge, reply_nll, write_transcripts
 from safeopt.files import write_json, write_jsonl
 
 ANCHORS = "anchors.jsonl"
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def load_aligned(adapter: Path) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in fp32 with the safety adapter merged in, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from safeopt.training.models import merge_adapter
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     folder = assets.smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     # PEFT freezes the weights it merges into; the demo trains all of them.
@@ -128,8 +132,16 @@ def work(method: Method, folder: Path, adapter: Path) -> None:
     write_json(own / "result.json", facts)
 
 
+def _hush() -> None:
+    """Keep back what libraries say of themselves when imported: the demo uses none of it."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def main() -> None:
     """Command line of a part."""
+    _hush()
     parser = argparse.ArgumentParser(description="Run one part of the demo.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("method", choices=METHODS)
