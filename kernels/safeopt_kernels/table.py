@@ -15,7 +15,7 @@ COLUMNS = (
 ALIGNMENT = 16
 
 
-@dataclass(slots=True)  # a step makes hundreds, and frozen ones take twice as long
+@dataclass  # not a frozen one: a step makes hundreds, and those take twice as long
 class Piece:
     """One matrix of a list; the tensors that a pass does not use are None.
 
