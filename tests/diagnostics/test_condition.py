@@ -60,8 +60,8 @@ def test_condition_is_what_dense_algebra_says(make: type) -> None:
     )
     assert found.expected_overlap == pytest.approx((found.rank / g.shape[1]) ** 0.5)
     assert sum(module.mass for module in found.modules) == pytest.approx(1)
-    slack = 1e-3 * abs(mean[1]) + 0.05 * abs(0.5 * mean[2])  # as above: the two may cancel
-    assert float(found.law.velocity.mean()) == pytest.approx(mean[1] - 0.5 * mean[2], abs=slack)
+    law = float(found.law.velocity.mean())  # a difference of losses of about 4 in float32
+    assert law == pytest.approx(mean[1] - 0.5 * mean[2], rel=0.05, abs=3e-6)
     assert len(found.row_scores) == 1
     assert 0 < found.tail < 1
     assert 0 < found.null_tail < 1
