@@ -127,10 +127,9 @@ class Guard:
         self._process_group = process_group or process_group_of(model)
         self.anchors = anchors
         self.rank, self.compression_rank = rank, compression_rank
-        self.eigenvalue_floor = eigenvalue_floor
-        self.damping, self.retraction_cap = damping, retraction_cap
+        self.eigenvalue_floor, self.damping = eigenvalue_floor, damping
+        self.retraction_cap, self.step_limit = retraction_cap, step_limit
         self.momentum_orthogonal = momentum_orthogonal
-        self.step_limit = step_limit
         self.tangent, self.retraction, self.transport = tangent, retraction, transport
         check_fits(self.model, anchors)
         self._schedule = RefreshSchedule(refresh_every, refresh_within, budget)
@@ -349,11 +348,10 @@ class Guard:
         optimizer; kernels do both at once and count whole).
         """
         metrics = self._metrics | self._schedule.metrics() | {"safety/brake": self.brake}
-        if self._frame is not None:
-            sketch = self._frame.sketch
-            metrics["safety/rank"] = float(len(self._frame.eigenbasis.values))
-            metrics["safety/captured_energy"] = float(sketch.captured_energy.mean())
-            metrics["safety/sketch_mb"] = sketch.nbytes / 2**20
+        if (frame := self._frame) is not None:
+            metrics["safety/rank"] = float(len(frame.eigenbasis.values))
+            metrics["safety/captured_energy"] = float(frame.sketch.captured_energy.mean())
+            metrics["safety/sketch_mb"] = frame.sketch.nbytes / 2**20
         return metrics
 
     def spectrum(self) -> Tensor:
