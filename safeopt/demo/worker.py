@@ -9,7 +9,6 @@ transcripts. ``aligned`` must have run before ``safe_adamw``: it writes the anch
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from safeopt.evaluation import evaluate, judge, reply_nll, write_transcripts
 from safeopt.files import write_json, write_jsonl
 
 ANCHORS = "anchors.jsonl"
-_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def load_aligned(adapter: Path) -> tuple[Any, Any]:
@@ -132,16 +130,9 @@ def work(method: Method, folder: Path, adapter: Path) -> None:
     write_json(own / "result.json", facts)
 
 
-def _hush() -> None:
-    """Keep back what libraries say of themselves when imported: the demo uses none of it."""
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
 def main() -> None:
     """Command line of a part."""
-    _hush()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     parser = argparse.ArgumentParser(description="Run one part of the demo.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("method", choices=METHODS)
