@@ -76,7 +76,8 @@ def autocasts(model: nn.Module) -> dict[str, torch.dtype]:
     """Where torch casts at present, among the model's devices, and to what."""
     accelerator = torch.accelerator.current_accelerator()
     kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
-    casting = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
+    able = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+    casting = [kind for kind in able if torch.is_autocast_enabled(kind)]
     # A step asks, and walks no model where nothing casts.
     devices = {p.device.type for p in model.parameters()} if casting else set()
     return {kind: torch.get_autocast_dtype(kind) for kind in casting if kind in devices}
