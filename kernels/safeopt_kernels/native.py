@@ -65,7 +65,7 @@ class Build:
 
 
 _LONG = ("-mprefer-vector-width=512",)
-AMX = Build("amx.cpp", ("fma", *_WIDE, "avx512bf16", "amx-tile", "amx-bf16"))
+AMX = Build("amx.cpp", ("fma", *_WIDE, "amx-tile", "amx-bf16"))
 AMX_BF16 = replace(AMX, rounds=True)
 AVX512 = Build("vectors.cpp", ("fma", *_WIDE), _LONG)
 AVX512_BF16 = Build("vectors.cpp", ("fma", *_WIDE, "avx512bf16"), _LONG, rounds=True)

@@ -28,11 +28,11 @@ FP32 = 64 * 2.0**-23
 # The code for AMX with its tiles in plain C++, where the CPU has what else it takes.
 EMULATED = native.Build(
     native.AMX.source,
-    native.AVX512_BF16.instructions,
+    native.AVX512.instructions,
     ("-include", str(Path(__file__).parent / "emulated_tiles.h")),
 )
 EMULATED_BF16 = replace(EMULATED, rounds=True)
-CAN_EMULATE = native.AVX512_BF16 in native.builds(rounding=True)
+CAN_EMULATE = native.AVX512 in native.builds(rounding=False)
 
 
 @pytest.fixture(scope="session")

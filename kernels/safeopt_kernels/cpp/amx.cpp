@@ -1,4 +1,4 @@
-// AdamW less a low-rank part, for CPUs with AVX512-BF16 and AMX tiles: two passes over memory.
+// AdamW less a low-rank part, for CPUs with AVX-512 and AMX tiles: two passes over memory.
 //
 // Pass 1 steps a strip of 16 rows and puts the step aside in bf16, and meanwhile multiplies the
 // strip before it with the right factors; pass 2 subtracts the low-rank part of 32 rows, 32 columns

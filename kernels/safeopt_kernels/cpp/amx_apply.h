@@ -72,7 +72,7 @@ class Apply {
         const Pair halves = split(_mm512_maskz_loadu_ps(k < x.rank ? cols : 0, row),
                                   _mm512_maskz_loadu_ps(k + 1 < x.rank ? cols : 0, row + x.cols));
         const int64_t at = (c * deep(x) + k / 32) * kTile + k % 32 * kSide;
-        right_.store(at, zipped(halves.hi), zipped(halves.lo));
+        right_.store(at, halves.hi, halves.lo);
       }
     }
   }
@@ -89,8 +89,7 @@ class Apply {
     };
     Pair columns[kSide];
     for (int i = 0; i < kSide; i++) {
-      const Pair pair = split(scaled(d * 32 + 2 * i), scaled(d * 32 + 2 * i + 1));
-      columns[i] = {zipped(pair.hi), zipped(pair.lo)};
+      columns[i] = split(scaled(d * 32 + 2 * i), scaled(d * 32 + 2 * i + 1));
     }
     store_tile(columns, left_, row * deep(x) * 32 + d * kTile);
   }

@@ -40,16 +40,33 @@ std::vector<Chunk> chunks_of(const Matrix *matrices, int64_t count) {
   return chunks;
 }
 
+// Where that begins which a thread does at a time: a matrix, whose factors it then packs once, and
+// towards the end a chunk, so that no thread waits long for another.
+std::vector<int64_t> turns_of(const std::vector<Chunk> &chunks, int threads) {
+  std::vector<int64_t> starts;
+  const int64_t count = chunks.size();
+  for (int64_t i = 0, end; i < count; i = end) {
+    for (end = i + 1; end < count && chunks[end].matrix == chunks[i].matrix;) end++;
+    const int64_t some = count - i < 2 * threads * (end - i) ? 1 : end - i;
+    for (int64_t at = i; at < end; at += some) starts.push_back(at);
+  }
+  starts.push_back(count);
+  return starts;
+}
+
 // Do all chunks, each on one of several threads.
 template <class Pass, class Shared>
 void run(const std::vector<Chunk> &chunks, int threads, Shared &shared) {
   std::atomic<int64_t> next{0};
-  const int64_t count = chunks.size();
+  const auto starts = turns_of(chunks, threads);
+  const int64_t count = starts.size() - 1;
 #pragma omp parallel num_threads(threads)
   {
     configure_tiles();
     Pass pass(shared);
-    for (int64_t i = next++; i < count; i = next++) pass.chunk(chunks[i], i);
+    for (int64_t turn = next++; turn < count; turn = next++) {
+      for (int64_t i = starts[turn]; i < starts[turn + 1]; i++) pass.chunk(chunks[i], i);
+    }
     _tile_release();
   }
 }

@@ -52,23 +52,31 @@ struct Halves {
   }
 };
 
-__m512 widened(__m256i bf16) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+// The nearest bf16 number in the upper half of each word; the lower half is of no use. Of two as
+// near the even one, as elsewhere, unless a second number takes up what is left.
+__m512i rounded(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  if (kSplit) return _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
 }
 
+// a0 b0 a1 b1 .. of the upper halves of words.
+__m512i upper_halves(__m512i a, __m512i b) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+}
+
+// What a bf16 number in the upper half of each word leaves of x.
+__m512 rest(__m512 x, __m512i bf16) {
+  const __m512i upper = _mm512_and_si512(bf16, _mm512_set1_epi32(0xffff0000));
+  return _mm512_sub_ps(x, _mm512_castsi512_ps(upper));
+}
+
+// Numbers in pairs, one of each argument, as products along them want both operands.
 Pair split(__m512 first, __m512 second) {
-  const __m512i hi = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const __m512i one = rounded(first), two = rounded(second), hi = upper_halves(one, two);
   if (!kSplit) return {hi, hi};
-  const __m512 rest = _mm512_sub_ps(first, widened(_mm512_castsi512_si256(hi)));
-  const __m512 other = _mm512_sub_ps(second, widened(_mm512_extracti64x4_epi64(hi, 1)));
-  return {hi, (__m512i)_mm512_cvtne2ps_pbh(other, rest)};
-}
-
-// a0 .. a15 b0 .. b15 -> a0 b0 a1 b1 ..
-__m512i zipped(__m512i halves) {
-  const __m512i even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-  const __m512i odd = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-  return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+  return {hi, upper_halves(rounded(rest(first, one)), rounded(rest(second, two)))};
 }
 
 void transpose(__m512i r[kSide]) {  // 16 x 16 words
