@@ -52,6 +52,8 @@ class Curve:
         asr: harmful prompts answered.
         over_refusal: harmless prompts refused.
         aligned_over_refusal: of the aligned model, (tasks, seeds).
+        nll: what the task score is made from, (settings, tasks, seeds), nats a token; None where it
+            is an accuracy.
     """
 
     method: str
@@ -64,6 +66,7 @@ class Curve:
     asr: Shares
     over_refusal: Shares
     aligned_over_refusal: Array
+    nll: Array | None = None
 
     def at_seeds(self, seeds: Sequence[int]) -> Curve:
         """The same curve on some of its seeds."""
@@ -75,6 +78,7 @@ class Curve:
             asr=self.asr.at(places),
             over_refusal=self.over_refusal.at(places),
             aligned_over_refusal=self.aligned_over_refusal[:, places],
+            nll=None if self.nll is None else self.nll[:, :, places],
         )
 
 
@@ -135,6 +139,9 @@ def _curve(
         asr=shares("asr", "harmful", refused=False),
         over_refusal=shares("over_refusal", "harmless", refused=True),
         aligned_over_refusal=np.array(over),
+        nll=array(lambda cells, t, n: cells[t, n]["final"][sweep.task])
+        if sweep.task.endswith("nll")
+        else None,
     )
 
 

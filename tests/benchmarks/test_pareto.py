@@ -18,7 +18,7 @@ from benchmarks.collapse.pareto import (
     seed_weights,
     volumes,
 )
-from benchmarks.collapse.results import Cell
+from benchmarks.collapse.results import FOLDER, Cell, load_all
 from benchmarks.collapse.runner import run_cell
 from benchmarks.collapse.variants import SWEEP, SuitePlan, Sweep, Variant, read_plan
 from tests.benchmarks.conftest import SmallWorld, small_world
@@ -198,6 +198,18 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "figures" / "toy.png"
     draw(curves(PLAN, RESULTS), path)
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_picture_of_an_nll_shows_it_uncut(tmp_path: Path) -> None:
+    plan = read_plan("smol")
+    found = curves(plan, list(load_all("smol", FOLDER, without=plan.apart)))
+    (safe,) = (c for c in found if c.method == "safe")
+    assert safe.nll is not None
+    assert safe.at_seeds([0]).nll is not None
+    assert np.unique(safe.nll).size == safe.nll.size  # where every score is 1
+    assert set(safe.task.flat) == {1.0}
+    draw(found, tmp_path / "smol.png")
+    assert (tmp_path / "smol.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_sweeps_give_every_method_the_same_number_of_settings() -> None:
