@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,7 @@ def read_plan(suite: str, folder: Path = FOLDER) -> SuitePlan:
     sweep = _sweep(plan["sweep"]) if "sweep" in plan else None
     if sweep is not None:
         variants += sweep.variants(plan["defaults"])
-    names = [(v.method, v.name) for v in variants]
-    twice = sorted({"/".join(n) for n in names if names.count(n) > 1})
+    twice = sorted({f"{a.method}/{a.name}" for a, b in combinations(variants, 2) if _clash(a, b)})
     if twice:
         raise ValueError(f"{suite}.yaml: named twice: {', '.join(twice)}")
     final = plan.get("final_seeds", () if sweep is None else sweep.seeds)
@@ -135,6 +135,14 @@ def read_plan(suite: str, folder: Path = FOLDER) -> SuitePlan:
         apart=tuple(plan.get("apart", ())),
         final_seeds=tuple(final),
     )
+
+
+def _clash(one: Variant, other: Variant) -> bool:
+    """Whether two rows share a name; a curve's setting may have a row in a table as well."""
+    if (one.method, one.name) != (other.method, other.name):
+        return False
+    shared = SWEEP in (one.group, other.group)
+    return not (shared and replace(one, group=other.group, label=other.label) == other)
 
 
 def _load(suite: str, folder: Path) -> dict[str, Any]:

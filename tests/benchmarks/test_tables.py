@@ -23,6 +23,9 @@ groups:
     - {id: safe/default, label: ours}
     - {id: safe/p2, label: p = 2, options: {refresh_every: 2}}
 """
+SWEEP = """
+sweep: {seeds: [0], task: task_nll, settings: 2, rates: [0.5], strengths: {adamw: []}}
+"""
 
 
 @pytest.fixture
@@ -74,6 +77,20 @@ def test_plan_merges_defaults_and_options(plan_folder: Path) -> None:
     (plan_folder / "toy.yaml").write_text(PLAN + "    - {id: safe/p2, label: again}\n")
     with pytest.raises(ValueError, match="named twice: safe/p2"):
         read_plan("toy", plan_folder)
+
+
+@pytest.mark.parametrize(("row", "known"), [("{lr: 0.5}", True), ("{lr: 0.25}", False)])
+def test_a_setting_of_a_curve_may_have_a_row_if_it_is_the_same(
+    plan_folder: Path, row: str, known: bool
+) -> None:
+    group = f'  rate:\n    - {{id: "adamw/lr=0.5", label: slower, run: {row}}}\n'
+    (plan_folder / "toy.yaml").write_text(PLAN + group + SWEEP)
+    if known:
+        rows = [v.group for v in read_plan("toy", plan_folder).variants if v.name == "lr=0.5"]
+        assert rows == ["rate", "sweep"]
+    else:
+        with pytest.raises(ValueError, match=r"named twice: adamw/lr=0\.5"):
+            read_plan("toy", plan_folder)
 
 
 def test_table_is_made_from_result_files(plan_folder: Path, tmp_path: Path) -> None:
