@@ -96,7 +96,7 @@ def check(lists: Lists, build: native.Build) -> None:
         scale += float(stored.norm() * left.norm() * right.norm())
     assert float((c - expected).abs().max()) <= products * scale
     assert float((c - exact).abs().max()) <= BF16 * scale
-    assert float(squared_norm) == pytest.approx(total, rel=1e-6)
+    assert float(squared_norm) == pytest.approx(total, rel=FP32)
 
     moved = [p.double() for p in lists.p]
     weights = torch.randn(count, dtype=torch.float64)
